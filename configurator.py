@@ -1,0 +1,78 @@
+"""Config files and flags into a frozen dataclass, both checked by the same code.
+
+    python train.py config/a.py config/b.py --key=value --key value
+
+A config file holds plain Python assignments; they become flags placed before the user's own, so later files win over
+earlier ones and the command line wins over all. The comment behind a field of the dataclass is its text in --help.
+"""
+
+import argparse
+import inspect
+import re
+import runpy
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from errors import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError of one line; an unknown flag names the nearest known one."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            what = "flag" if unknown[0].startswith("-") else "argument"
+            raise UserError(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].split('=')[0], known)} (--help lists all)")
+        return found
+
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists all flags)")
+
+
+def parse(cls: type[Config], doc: str, argv: list[str]) -> Config:
+    """The dataclass `cls` from config files (arguments ending in .py) and flags; raises UserError."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+    types, parser = get_type_hints(cls), Parser(doc)
+    for field in fields(cls):
+        kind = types[field.name]
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        help_text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=str if choices else kind, choices=choices, default=field.default,
+                            help=help_text, metavar=None if choices else kind.__name__.upper())
+    is_file = [a.endswith(".py") and not a.startswith("-") and (i == 0 or not _wants_value(argv[i - 1]))
+               for i, a in enumerate(argv)]
+    flags = [flag for arg, file in zip(argv, is_file, strict=True) if file for flag in read_file(arg, parser)]
+    values = parser.parse_args(flags + [arg for arg, file in zip(argv, is_file, strict=True) if not file])
+    return cls(**vars(values))
+
+
+def _wants_value(arg: str) -> bool:
+    return arg.startswith("--") and "=" not in arg
+
+
+def read_file(path: str, parser: Parser) -> list[str]:
+    """A config file's assignments as flags, checked on their own so that an error can name the file."""
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} not found")
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:  # the file is the user's own code: whatever it raises is about the file
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    flags = [f"--{name}={value}" for name, value in names.items()
+             if not name.startswith("_") and not isinstance(value, ModuleType)]
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return flags

@@ -1,0 +1,30 @@
+"""What a user's mistake looks like: one line on standard error and exit code 2, never a traceback.
+
+Raise `UserError` with what was given, what is allowed and what to do. Anything else that is raised is a bug of ours
+and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a flag, a config file, a data folder, a checkpoint."""
+
+
+def nearest(name: str, allowed) -> str:
+    """"; did you mean 'NAME'?" with the allowed name closest to `name`, or nothing where none is close."""
+    match = get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main function; a UserError becomes one line and exit code 2. Under torchrun rank 0 prints."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

