@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             what = "flag" if unknown[0].startswith("-") else "argument"
-            raise UserError(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].split('=')[0], known)} (--help lists all)")
+            hint = nearest(unknown[0].split("=")[0], known)
+            raise UserError(f"unknown {what} {unknown[0]!r}{hint} (--help lists all)")
         return found
 
     def error(self, message):
@@ -45,18 +46,23 @@ def parse(cls: type[Config], doc: str, argv: list[str]) -> Config:
     for field in fields(cls):
         kind = types[field.name]
         choices = get_args(kind) if get_origin(kind) is Literal else None
-        help_text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", type=str if choices else kind, choices=choices, default=field.default,
-                            help=help_text, metavar=None if choices else kind.__name__.upper())
-    is_file = [a.endswith(".py") and not a.startswith("-") and (i == 0 or not _wants_value(argv[i - 1]))
+        given_bare = {"nargs": "?", "const": True} if kind is bool else {}
+        parser.add_argument(f"--{field.name}", choices=choices, default=field.default, **given_bare,
+                            type=_boolean if kind is bool else str if choices else kind,
+                            metavar=None if choices else kind.__name__.upper(),
+                            help=f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%"))
+    with_value = {f"--{field.name}" for field in fields(cls) if types[field.name] is not bool}
+    is_file = [a.endswith(".py") and not a.startswith("-") and (i == 0 or argv[i - 1] not in with_value)
                for i, a in enumerate(argv)]
     flags = [flag for arg, file in zip(argv, is_file, strict=True) if file for flag in read_file(arg, parser)]
     values = parser.parse_args(flags + [arg for arg, file in zip(argv, is_file, strict=True) if not file])
     return cls(**vars(values))
 
 
-def _wants_value(arg: str) -> bool:
-    return arg.startswith("--") and "=" not in arg
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return text.lower() == "true"
 
 
 def read_file(path: str, parser: Parser) -> list[str]:

@@ -8,7 +8,6 @@ Linear ones transposed.
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

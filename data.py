@@ -1,0 +1,190 @@
+"""From shards on disk to batches: which windows a step trains on, and their tokens.
+
+A shard is one domain's token stream, `DATA/<domain>/{train,val}_00000.npy` (uint16, one dimension). Its window i is
+tokens i*T to i*T+T inclusive: T inputs and T targets, so that each token is a target once; windows do not cross shards.
+
+T tokens of a window, G windows of the global batch, D domains of the data folder.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+SCHEMA = 1  # version of manifest.json
+
+# SlimPajama's meta.redpajama_set_name -> our name, in the order of the published weight lists
+SET_NAMES = {
+    "RedPajamaArXiv": "arxiv", "RedPajamaBook": "book", "RedPajamaCommonCrawl": "cc", "RedPajamaC4": "c4",
+    "RedPajamaGithub": "github", "RedPajamaStackExchange": "stackexchange", "RedPajamaWikipedia": "wikipedia",
+}
+DOMAINS = tuple(SET_NAMES.values())
+
+# name -> probability of each domain, any scale; a domain left out is not trained on. "natural": by training tokens.
+MIXTURES: dict[str, dict[str, float] | None] = {
+    "uniform": dict.fromkeys(DOMAINS, 1.0),
+    "doge": {"arxiv": 0.088, "book": 0.045, "cc": 0.269, "c4": 0.214, "github": 0.070, "stackexchange": 0.166,
+             "wikipedia": 0.148},
+    "doremi": {"arxiv": 0.04235, "book": 0.08201, "cc": 0.381, "c4": 0.1141, "github": 0.0654,
+               "stackexchange": 0.0847, "wikipedia": 0.2305},
+    "c4cc": {"cc": 0.5, "c4": 0.5},
+    "natural": None,
+}
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """DATA/manifest.json, which is written last: where there is none, the data is absent or not complete."""
+    path = Path(data_dir) / "manifest.json"
+    if not Path(data_dir).is_dir():
+        raise UserError(f"data folder {data_dir} not found; make it with: python prepare_slimpajama.py "
+                        f"--source sample --out {data_dir}")
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so the preparation of {data_dir} did not finish; run it again")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the data again") from None
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {manifest.get('schema')}, this code reads {SCHEMA}; prepare the data again")
+    return manifest
+
+
+def data_hash(manifest: dict) -> str:
+    """A fingerprint of all tokens: tokenizer and sha256 of every shard."""
+    content = [manifest["tokenizer"]["sha256"], [(domain, split, [shard["sha256"] for shard in shards])
+               for domain, splits in sorted(manifest["domains"].items()) for split, shards in sorted(splits.items())]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+class Split:
+    """The windows of one split ("train" or "val") of a data folder; opened lazily, checked for size at once."""
+
+    def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
+        self.block_size = block_size
+        shards = {d: manifest["domains"].get(d, {}).get(split, []) for d in DOMAINS}
+        self.domains = tuple(d for d in DOMAINS if shards[d])
+        self.tokens = {d: sum(s["tokens"] for s in shards[d]) for d in self.domains}
+        self.bytes = {d: sum(s["bytes"] for s in shards[d]) for d in self.domains}
+        self.sha256 = {d: [s["sha256"] for s in shards[d]] for d in self.domains}
+        self.paths = [[Path(data_dir) / s["file"] for s in shards[d]] for d in self.domains]
+        # ends[d][k]: number of windows in the first k + 1 shards of domain d
+        self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
+        self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
+        self.open = lru_cache(maxsize=None)(lambda path: np.load(path, mmap_mode="r"))
+        for paths, infos in zip(self.paths, (shards[d] for d in self.domains), strict=True):
+            for path, info in zip(paths, infos, strict=True):
+                check_shard(path, info)
+
+    def window(self, domain: int, index: int) -> np.ndarray:
+        """(T + 1,) uint16: the tokens of window `index` of the domain."""
+        shard = int(np.searchsorted(self.ends[domain], index, side="right"))
+        start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
+        return self.open(self.paths[domain][shard])[start:start + self.block_size + 1]
+
+
+def check_shard(path: Path, info: dict) -> None:
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing; prepare the data again or restore the file")
+    if path.stat().st_size != info["file_bytes"]:
+        raise UserError(f"shard {path} has {path.stat().st_size:,} bytes, the manifest says {info['file_bytes']:,}: "
+                        "it was cut short or changed; prepare the data again or restore the file")
+
+
+def mixture_weights(name: str, split: Split) -> np.ndarray:
+    """(D,) probabilities of the split's domains; UserError if the mixture asks for a domain without windows."""
+    weights = MIXTURES[name] if MIXTURES[name] is not None else split.tokens
+    full = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
+    empty = [d for d in weights if weights[d] > 0 and d not in full]
+    if (empty and MIXTURES[name] is not None) or not full:
+        raise UserError(f"mixture {name!r} asks for {', '.join(empty) or 'data'}, but the data folder has no training "
+                        f"window of {split.block_size} tokens there (it has: {', '.join(sorted(full)) or 'none'}); "
+                        "prepare these domains, or choose another --mixture or a smaller --block_size")
+    p = np.array([weights.get(d, 0.0) if d in full else 0.0 for d in split.domains])
+    return p / p.sum()
+
+
+class DomainSampler:
+    """Which windows each step trains on: a function of (seed, mixture, data, step) and nothing else.
+
+    Every sample's domain is drawn independently from the mixture. Within a domain, windows come in a seeded
+    pseudo-random order without replacement, epoch after epoch, by a permutation that needs no table.
+    """
+
+    def __init__(self, weights: np.ndarray, n_windows: np.ndarray, global_batch_size: int, seed: int):
+        self.n_windows, self.global_batch_size, self.seed = n_windows, global_batch_size, seed
+        self.cumulative = np.cumsum(weights)
+        self.cumulative[np.flatnonzero(weights)[-1]:] = 1.0  # rounding must not reach past the last domain in use
+        self.step, self.drawn = 0, np.zeros(len(weights), dtype=np.int64)  # samples of each domain before `step`
+
+    def domains_of(self, step: int) -> np.ndarray:
+        """(G,) domain of each sample of a step."""
+        # Raw output of a counter-based generator: NumPy keeps it stable across versions, unlike Generator's methods.
+        raw = np.random.Philox(key=[self.seed, step]).random_raw(self.global_batch_size)
+        return np.searchsorted(self.cumulative, (raw >> np.uint64(11)) * 2.0**-53, side="right")
+
+    def draw(self, step: int) -> np.ndarray:
+        """(G, 2) int64: domain and window of each sample of the global batch."""
+        if step < self.step:
+            self.step, self.drawn[:] = 0, 0
+        while self.step < step:  # a jump (resume) counts through the steps between: about 10 microseconds each
+            self.drawn += np.bincount(self.domains_of(self.step), minlength=len(self.drawn))
+            self.step += 1
+        domain = self.domains_of(step)
+        pairs = np.stack([domain, np.zeros_like(domain)], axis=1)
+        for d in np.unique(domain):
+            mine = domain == d
+            epoch, position = np.divmod(self.drawn[d] + np.arange(mine.sum()), self.n_windows[d])
+            pairs[mine, 1] = np.concatenate([permute(position[epoch == e], int(self.n_windows[d]), self.seed, d, e)
+                                             for e in np.unique(epoch)])
+        return pairs
+
+
+def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
+    """Entries `index` of a pseudo-random permutation of range(n): a four-round Feistel network with cycle walking."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    round_keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
+
+    def shuffle(value: np.ndarray) -> np.ndarray:
+        left, right = value >> shift, value & mask
+        for k in round_keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        return (left << shift) | right
+
+    value = shuffle(index.astype(np.uint64))
+    while (outside := value >= n).any():  # the network permutes up to 4n numbers: walk on until back below n
+        value[outside] = shuffle(value[outside])
+    return value.astype(np.int64)
+
+
+def read_batch(split: Split, pairs: np.ndarray, pin: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, 2) domain and window -> x, y (n, T) int64 and domain (n,) int64."""
+    tokens = torch.from_numpy(np.stack([split.window(d, w) for d, w in pairs.tolist()]).astype(np.int64))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (n, T)
+    if pin:
+        x, y = x.pin_memory(), y.pin_memory()
+    return x, y, torch.from_numpy(pairs[:, 0].copy())
+
+
+def prefetch(read: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Iterator[Any]:
+    """read(step) for each step in order, up to `depth` steps ahead in a background thread."""
+    steps = iter(steps)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(read, step) for step in islice(steps, depth))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(read, step) for step in islice(steps, 1))
+            yield batch

@@ -1,0 +1,77 @@
+"""The processes of one run: who am I, gather, reduce, print. The only file that calls collectives.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process and no process group.
+`rank` is global; `local_rank` only picks the device.
+"""
+
+import os
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks(NamedTuple):
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def ranks() -> Ranks:
+    """This process's place, from torchrun's environment."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)),
+                 int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def setup(device_type: str) -> torch.device:
+    """Join the process group (nccl on cuda, gloo elsewhere) where torchrun started several; the device to work on."""
+    device = torch.device("cuda", ranks().local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks().world_size > 1:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return device
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over the ranks after backward."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, skip: bool):
+    """Skip the average of gradients inside this context; must hold for the forward *and* the backward pass."""
+    return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def gather(values: Tensor) -> Tensor:
+    """(n,) of each rank -> (W * n,) of all ranks in the order of their ranks, on every rank."""
+    if not dist.is_initialized():
+        return values
+    out = values.new_empty(dist.get_world_size() * len(values))
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    all_gather(out, values.contiguous())
+    return out
+
+
+def reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, on every rank; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def print0(*args, **kwargs) -> None:
+    """print on rank 0 only."""
+    if ranks().rank == 0:
+        print(*args, **kwargs, flush=True)

@@ -1,0 +1,53 @@
+"""One log(record) for everything that watches a run: metrics.jsonl (the source of truth), the tqdm bar, wandb."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import write_text
+
+
+class Metrics:
+    """Only rank 0 makes one. A resumed run drops the lines past its checkpoint, which it is about to write again."""
+
+    def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
+        self.path = Path(out_dir) / "metrics.jsonl"
+        kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a", buffering=1)
+        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self.wandb = None
+        if config["wandb"] != "off":
+            import wandb  # only here: most runs have no account
+            self.wandb = wandb.init(project="nanoreweight", name=Path(out_dir).name, dir=str(out_dir), config=config,
+                                    mode=config["wandb"], id=Path(out_dir).name, resume="allow")
+
+    def log(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        step = record["step"]
+        self.bar.update(step - self.bar.n)
+        if record["kind"] == "train":
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
+        else:
+            self.bar.write(f"step {step:>6}: validation {record['mean_loss']:.4f} nats, worst {record['worst_domain']} "
+                           f"{record['domains'][record['worst_domain']]['loss']:.4f}")
+        if self.wandb:
+            self.wandb.log({record["kind"]: {k: v for k, v in record.items() if k != "kind"}}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
