@@ -10,23 +10,20 @@ comes last: where it is, the data is complete. Memory does not grow with the inp
 
 import argparse
 import glob
-import gzip
 import hashlib
 import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import sample_corpus
-import zstandard
 from tqdm import tqdm
 
+import sample_corpus
 import tokenizer as tokenizers
 from checkpoint import write_text
 from configurator import Parser
@@ -113,15 +110,16 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
                 raise UserError(f"--input {item}: no {', '.join(SUFFIXES)} there")
             for path in paths:  # names count from the file up to the given folder (of a file: its own), not above
                 top = path.absolute().parent if root.is_file() else root.absolute()
-                names = [path.name, *(p.name for p in path.absolute().parents if p == top or top in p.parents)]
-                found[path] = next((split for split in map(split_of, names) if split), None)
+                folders = [p.name.lower() for p in path.absolute().parents if p == top or top in p.parents]
+                splits = [split_of(path.name), *(SPLIT_NAMES.get(name) for name in folders)]
+                found[path] = next((split for split in splits if split), None)
     if not found:
         raise UserError(f"--input {' '.join(inputs)}: no {', '.join(SUFFIXES)} there")
     return list(found.items())
 
 
 def split_of(name: str) -> str | None:
-    """"train", "validation" or "test" where the name has such a word."""
+    """"train", "validation" or "test" where a file's name has such a word."""
     match = re.search(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", name.lower())
     return SPLIT_NAMES[match[1]] if match else None
 
@@ -141,16 +139,15 @@ def read_files(files: list[tuple[Path, str | None]], bar: tqdm) -> Iterator[Docu
             bar.update(path.stat().st_size - position)
         except PermissionError:
             raise UserError(f"{path}: no permission to read it") from None
-        except (zstandard.ZstdError, gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: damaged or cut short ({error})") from None
 
 
 def read_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict]]:
     """(where, record) of each line of a .jsonl, .jsonl.zst or .jsonl.gz file."""
-    if path.suffix == ".zst":
-        lines = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True), 1 << 20)
-    else:
-        lines = gzip.open(file) if path.suffix == ".gz" else file
+    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
+    # pyarrow's streams raise at a file that was cut short; zstandard's would end there without a word.
+    lines = io.BufferedReader(pyarrow.CompressedInputStream(file, codec), 1 << 20) if codec else file
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:

@@ -1,0 +1,17 @@
+# Sourced by the other scripts: the virtual environment .venv with the packages of $1, made at first use.
+# PYTHON names the interpreter (default python3; 3.10 or later).
+if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+  echo "error: Python 3.10 or later is needed, this is $("${PYTHON:-python3}" --version); set PYTHON=/path/to/python3" >&2
+  exit 2
+fi
+if [ ! -e .venv/bin/activate ]; then
+  echo "== environment .venv"
+  "${PYTHON:-python3}" -m venv .venv || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
+fi
+source .venv/bin/activate
+if ! cmp -s requirements.txt .venv/requirements.txt || [ ! -e ".venv/$1.installed" ]; then
+  echo "== installing $1 (about 2 minutes)"
+  python -m pip install -q --disable-pip-version-check -r "$1"
+  cp requirements.txt .venv/requirements.txt
+  touch ".venv/$1.installed"
+fi

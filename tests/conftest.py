@@ -1,0 +1,81 @@
+"""Shared by the tests: the root on the path, a small data folder, commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def command(*args, ranks: int = 1, **env) -> subprocess.CompletedProcess:
+    """Run `python ARGS` (or torchrun with several ranks) from the root, as a user does."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return subprocess.run([*launcher, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}, check=False)
+
+
+def free_port() -> int:
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def expect_ok(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def expect_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2, one line on standard error that has these words, no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "\r" not in line and "it/s" not in line]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert lines[-1].startswith("error: "), done.stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    for word in words:
+        assert word in lines[-1], (word, lines[-1])
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory) -> Path:
+    """The embedded sample as bytes, prepared once."""
+    out = tmp_path_factory.mktemp("data") / "sample"
+    expect_ok(command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_text() -> Path:
+    """A folder of real text in SlimPajama's schema, train/ and validation/, from the variable MINI_SLIMPAJAMA."""
+    folder = os.environ.get("MINI_SLIMPAJAMA", "")
+    if not Path(folder, "validation").is_dir():
+        pytest.skip("MINI_SLIMPAJAMA names no folder with real text")
+    return Path(folder)
+
+
+def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]]) -> Path:
+    """A data folder with given token streams, through the real writer: {domain: {split: (n,) ids}}."""
+    import json
+
+    import prepare_slimpajama as prepare
+    import tokenizer
+    domains = {}
+    for domain, splits in tokens.items():
+        for split, ids in splits.items():
+            writer = prepare.ShardWriter(folder, domain, split, 10**9)
+            writer.add(ids.astype(np.uint16), len(ids))
+            domains.setdefault(domain, {})[split] = writer.close()
+    t = tokenizer.load("bytes")
+    described = {"name": t.name, "sha256": t.sha256, "n_vocab": t.n_vocab, "eot_token": t.eot_token}
+    manifest = {"schema": prepare.SCHEMA, "tokenizer": described, "dtype": "uint16", "source": {}, "domains": domains}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder

