@@ -59,7 +59,8 @@ def arxiv(rng: random.Random) -> str:
                    "\n\\end{theorem}\n\\begin{proof}\n" +
                    rf"By Theorem~\ref{{thm:{max(1, i)}}} and the inequality of {author}," + "\n\\[\n  " +
                    rf"\int_\Omega |{a} - {b}_{{{n}}}|^{{{p}}} \, d{c} = " +
-                   rf"\sum_{{k=1}}^{{{n}}} \frac{{{c}_k}}{{k^{{{p}}}}}" + f" \\to 0 .\n\\]\nHence ${a}$ is {rng.choice(CLAIMS)}.\n\\end{{proof}}")
+                   rf"\sum_{{k=1}}^{{{n}}} \frac{{{c}_k}}{{k^{{{p}}}}}"
+                   + f" \\to 0 .\n\\]\nHence ${a}$ is {rng.choice(CLAIMS)}.\n\\end{{proof}}")
     return "\n".join(out)
 
 
@@ -128,8 +129,8 @@ def stackexchange(rng: random.Random) -> str:
            f"What am I doing wrong? I already tried to restart the {rng.choice(TOOLS)}."]
     for _ in range(rng.randint(3, 7)):
         out.append(f"A: {rng.choice(('You need to', 'Try to', 'As a workaround,'))} disable the {rng.choice(TOOLS)} "
-                   f"and run `{tool} --{rng.choice(CODE_VERBS)}-{other} {rng.randint(1, 64)}`. {code} means that the {other} "
-                   f"cannot reach the {rng.choice(TOOLS)}; see the {tool} manual, section {rng.randint(1, 12)}.")
+                   f"and run `{tool} --{rng.choice(CODE_VERBS)}-{other} {rng.randint(1, 64)}`. {code} means that the "
+                   f"{other} cannot reach the {rng.choice(TOOLS)}; see the {tool} manual, page {rng.randint(1, 12)}.")
     return "\n\n".join(out)
 
 

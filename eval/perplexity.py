@@ -1,7 +1,7 @@
 """Per-domain loss and perplexity of a checkpoint on fixed validation windows; all ranks share the work.
 
     python eval/perplexity.py --run runs/124m_uniform_linupper_seed42          # the newest checkpoint, all windows
-    torchrun --nproc_per_node 8 eval/perplexity.py --run RUN/checkpoints/step_00020000
+    torchrun --nproc_per_node 8 -- eval/perplexity.py --run RUN/checkpoints/step_00020000
 
 Writes RUN/eval/perplexity.json. Validation is never weighted: every window counts once, whatever the run trained on.
 M windows, T tokens each, D domains.

@@ -1,6 +1,10 @@
 """Shared by the tests: the root on the path, a small data folder, commands run as a user runs them."""
 
+import contextlib
+import io
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +14,42 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No network; one thread, so that sums have one order. Set before torch and the hub's library are imported.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HF_DATASETS_OFFLINE="1")
 
 
-def command(*args, ranks: int = 1, **env) -> subprocess.CompletedProcess:
-    """Run `python ARGS` (or torchrun with several ranks) from the root, as a user does."""
+def command(*args, ranks: int = 1, process: bool = False) -> subprocess.CompletedProcess:
+    """`python ARGS` from the root, as a user runs it; under torchrun with several ranks.
+
+    One rank runs in this process unless `process` asks for its own: importing torch anew takes two seconds.
+    """
+    args = list(map(str, args))
+    if ranks == 1 and not process:
+        return run_here(args)
     launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return subprocess.run([*launcher, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}, check=False)
+    if ranks > 1:  # the -- keeps torchrun from taking our flags for abbreviations of its own
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "--"]
+    return subprocess.run([*launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_here(args: list[str]) -> subprocess.CompletedProcess:
+    """The script as __main__ in this process; an exception that is not an exit goes to the test."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = sys.argv, os.getcwd(), list(sys.path)
+    sys.argv = args
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(args[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv, sys.path[:] = before[0], before[2]
+        os.chdir(before[1])
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def free_port() -> int:
-    import socket
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -23,8 +23,9 @@ def write(path, records=RECORDS):
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path, row_group_size=2)
     else:
-        compress = {".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True), ".gz": gzip.compress}.get(path.suffix, bytes)
-        path.write_bytes(compress(raw))
+        if path.suffix != ".jsonl":
+            raw = gzip.compress(raw) if path.suffix == ".gz" else pa.compress(raw, "zstd", asbytes=True)
+        path.write_bytes(raw)
     return path
 
 
@@ -179,5 +180,5 @@ def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
 
 
 def test_help_lists_every_flag():
-    text = expect_ok(command("prepare_slimpajama.py", "--help"))
+    text = expect_ok(command("prepare_slimpajama.py", "--help", process=True))
     assert all(flag in text for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer"))

@@ -1,0 +1,133 @@
+"""Figures of runs: loss curves, perplexity per domain, and what weight each strategy gives to a loss.
+
+    python eval/plots.py runs/a runs/b --to figures       # weights.png alone needs no run
+
+Reads RUN/config.json, RUN/metrics.jsonl, RUN/eval/perplexity.json; prints the files that it wrote.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from configurator import Parser
+from data import DOMAINS
+from errors import UserError, run
+from eval.tables import read_runs, run_names
+from metrics import read_lines
+from reweight import STRATEGIES, normalize_losses, sample_weights
+
+# Okabe and Ito's colours, safe for colour-blind readers; lines, markers and hatches tell runs apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS, HATCHES = "os^Dv<>", ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
+TEMPERATURES = (0.1, 0.4, 1.0)
+
+
+def pyplot():
+    """matplotlib without a screen, in our style; imported here so that importing this file draws nothing."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "savefig.bbox": "tight"})
+    return plt
+
+
+def style(i: int) -> dict:
+    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 7]}
+
+
+def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path:
+    """Validation loss against steps: the mean, then each domain."""
+    plt = pyplot()
+    evals = [[r for r in records if r["kind"] == "eval"] for records in metrics]
+    held = [d for d in DOMAINS if any(r and d in r[0]["domains"] for r in evals)]
+    fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharex=True, layout="constrained")
+    for ax, domain in zip(axes.flat, [None, *held], strict=False):
+        for i, (name, records) in enumerate(zip(names, evals, strict=True)):
+            loss = [r["mean_loss"] if domain is None else r["domains"][domain]["loss"] for r in records]
+            ax.plot([r["step"] for r in records], loss, label=name, marker=MARKERS[i % 7], markersize=2.5, lw=1.2,
+                    **style(i))
+        ax.set_title(domain or "mean of the domains", fontsize=9, fontweight=None if domain else "bold")
+        trained = [r["mean_loss"] if domain is None else r["domains"][domain]["loss"]
+                   for records in evals for r in records if r["step"]]
+        if trained:  # the untrained model's loss would squeeze all that matters
+            ax.set_ylim(top=max(trained) + 0.1 * (max(trained) - min(trained)) + 1e-3)
+    for ax in axes.flat[len(held) + 1:]:
+        ax.set_visible(False)
+    fig.supxlabel("optimizer step", fontsize=9)
+    fig.supylabel("validation loss (nats per token)", fontsize=9)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def domain_perplexity(names: list[str], results: list[dict | None], path: Path) -> Path:
+    """Perplexity per domain, a bar per run."""
+    plt = pyplot()
+    held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
+    fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    width = 0.8 / len(names)
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        at = [x - 0.4 + (i + 0.5) * width for x in range(len(held))]
+        ppl = [result["domains"][d]["ppl"] if result and d in result["domains"] else 0 for d in held]
+        bars = ax.bar(at, ppl, width, label=name if result else f"{name} (missing)", color=COLOURS[i % 7], alpha=0.85,
+                      hatch=HATCHES[i % 7], edgecolor="white")
+        if len(names) <= 3:
+            ax.bar_label(bars, [f"{p:.2f}" for p in ppl], fontsize=6.5, padding=1)
+    ax.set_xticks(range(len(held)), held)
+    ax.set_ylabel("validation perplexity per token")
+    ax.grid(axis="x", visible=False)
+    fig.legend(loc="outside upper center", ncols=min(4, len(names)))
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def weights(path: Path) -> Path:
+    """Weight against loss of each strategy for 101 evenly spread losses, by temperature."""
+    plt = pyplot()
+    losses = torch.linspace(0, 1, 101)
+    h = normalize_losses(losses)
+    fig, axes = plt.subplots(1, len(STRATEGIES), figsize=(2 * len(STRATEGIES), 2.5), sharex=True, layout="constrained")
+    for ax, (name, f) in zip(axes, STRATEGIES.items(), strict=True):
+        for i, r in enumerate(TEMPERATURES):
+            ax.plot(h, sample_weights(losses, name, r) * len(losses), label=f"weight, r = {r}", lw=1.4, **style(i))
+        ax.plot(h, f(h, 1.0), label="f(h)", color="0.6", lw=1)
+        ax.set_title(name, fontsize=9)
+        ax.set_ylim(bottom=-0.1)
+    axes[0].set_ylabel("weight x N, and f(h)")
+    fig.supxlabel("normalised loss h (-1: lowest of the batch, 1: highest)", fontsize=9)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
+    parser.add_argument("--to", required=True, help="folder for the PNG files")
+    args = parser.parse_args()
+    configs, results = read_runs(args.runs)
+    metrics = [read_lines(Path(folder) / "metrics.jsonl") for folder in args.runs]
+    empty = [folder for folder, records in zip(args.runs, metrics, strict=True)
+             if not any(r["kind"] == "eval" for r in records)]
+    if empty:
+        raise UserError(f"{empty[0]}: no evaluation in metrics.jsonl; train it first")
+    to = Path(args.to)
+    to.mkdir(parents=True, exist_ok=True)
+    print(weights(to / "weights.png"))
+    if args.runs:
+        names = run_names(configs)
+        print(loss_curves(names, metrics, to / "loss_curves.png"))
+        print(domain_perplexity(names, results, to / "domain_perplexity.png"))
+
+
+if __name__ == "__main__":
+    run(main)

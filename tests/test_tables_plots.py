@@ -1,0 +1,79 @@
+"""Tables and figures from run folders with known numbers."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from conftest import command, expect_error, expect_ok
+
+from data import DOMAINS
+from eval.tables import run_names
+
+CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc"}
+
+
+def make_run(folder, losses, val_hash="same", **changes):
+    """A run folder whose domains have these final losses; None: not evaluated."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    if losses is None:
+        return folder
+    domains = {d: {"loss": v, "ppl": math.exp(v), "tokens": 10, "bits_per_byte": v / math.log(2)}
+               for d, v in zip(DOMAINS, losses, strict=False)}
+    record = {"step": 9, "domains": domains, "mean_loss": sum(losses) / len(losses), "val_hash": val_hash,
+              "worst_domain": max(domains, key=lambda d: domains[d]["loss"])}
+    (folder / "eval").mkdir()
+    (folder / "eval" / "perplexity.json").write_text(json.dumps(record))
+    lines = [{"kind": "eval", **record, "step": step} for step in (0, 5, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [make_run(tmp_path / "a", [1.0, 2.0, 3.0, 1.5, 1.5, 1.5, 1.5]),
+            make_run(tmp_path / "b", [1.1, 1.9, 2.5, 1.5, 1.5, 1.5, 1.5], reweight="linupper")]
+
+
+def test_markdown(runs):
+    text = expect_ok(command("eval/tables.py", *runs, "--metric", "loss"))
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
+    assert rows["domain"] == ["uniform", "linupper"]
+    assert rows["arxiv"] == ["**1.0000**", "1.1000"] and rows["book"] == ["2.0000", "**1.9000**"]
+    assert rows["average loss"] == ["1.7143", "**1.6429**"] and rows["worst domain"] == ["3.0000", "**2.5000**"]
+
+
+def test_csv_and_latex(runs):
+    rows = list(csv.reader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
+    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 10
+    latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
+    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 10 and r"\textbf{2.718}" in latex
+
+
+def test_missing_says_missing(runs, tmp_path):
+    done = command("eval/tables.py", runs[0], make_run(tmp_path / "c", None, reweight="upper"))
+    assert "missing" in expect_ok(done) and "eval/perplexity.py --run" in done.stderr
+
+
+def test_runs_that_cannot_be_compared(runs, tmp_path):
+    other = make_run(tmp_path / "c", [1.0] * 7, val_hash="other")
+    expect_error(command("eval/tables.py", runs[0], other), str(runs[0]), str(other), "cannot be compared")
+    expect_error(command("eval/tables.py", tmp_path), "no config.json")
+    expect_error(command("eval/plots.py", make_run(tmp_path / "d", None), "--to", tmp_path), "no evaluation")
+
+
+def test_names_tell_runs_apart():
+    assert run_names([CONFIG, {**CONFIG, "reweight": "upper"}]) == ["uniform", "upper"]
+    assert run_names([CONFIG, {**CONFIG, "seed": 2}]) == ["uniform seed=1", "uniform seed=2"]
+    assert len(set(run_names([CONFIG, CONFIG]))) == 2
+
+
+def test_plots(runs, tmp_path):
+    written = expect_ok(command("eval/plots.py", *runs, "--to", tmp_path / "figures")).split()
+    names = [path.rsplit("/", 1)[1] for path in written]
+    assert names == ["weights.png", "loss_curves.png", "domain_perplexity.png"]
+    for path in written:
+        with open(path, "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n" and len(file.read()) > 5000
