@@ -4,6 +4,7 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 `rank` is global; `local_rank` only picks the device.
 """
 
+import gc
 import os
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -37,7 +38,10 @@ def setup(device_type: str) -> torch.device:
 
 
 def cleanup() -> None:
+    """Leave the process group; the caller has let go of the data-parallel model before."""
     if dist.is_initialized():
+        gc.collect()  # the wrapper is part of a cycle, and with it alive some processes abort at exit after all is done
+        dist.barrier()
         dist.destroy_process_group()
 
 
