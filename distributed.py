@@ -33,7 +33,10 @@ def setup(device_type: str) -> torch.device:
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if ranks().world_size > 1:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return device
 
 

@@ -1,5 +1,6 @@
 """One log(record) for everything that watches a run: metrics.jsonl (the source of truth), the tqdm bar, wandb."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,8 +21,10 @@ class Metrics:
         self.wandb = None
         if config["wandb"] != "off":
             import wandb  # only here: most runs have no account
+            # One id per run folder: a resumed run goes on in its own page, and no other folder's run does.
+            run_id = hashlib.sha256(str(Path(out_dir).resolve()).encode()).hexdigest()[:8]
             self.wandb = wandb.init(project="nanoreweight", name=Path(out_dir).name, dir=str(out_dir), config=config,
-                                    mode=config["wandb"], id=Path(out_dir).name, resume="allow")
+                                    mode=config["wandb"], id=run_id, resume="allow")
 
     def log(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")

@@ -94,6 +94,7 @@ def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]]) -> Path
 
     import prepare_slimpajama as prepare
     import tokenizer
+    folder.mkdir(exist_ok=True)
     domains = {}
     for domain, splits in tokens.items():
         for split, ids in splits.items():

@@ -202,6 +202,24 @@ def test_wrong_config_files(sample_data, tmp_path):
         expect_error(run(sample_data, tmp_path / "run", config), str(config), *words)
 
 
+def test_wrong_data(tmp_path):
+    tokens = np.arange(200) % 250
+    write_shards(tmp_path / "d", {d: {"train": tokens, "val": tokens} for d in ("arxiv", "c4")})
+
+    def fails(*words, mixture="natural"):
+        expect_error(run(tmp_path / "d", tmp_path / "run", f"--mixture={mixture}"), *words)
+    fails("'uniform' asks for book, cc, github", "it has: arxiv, c4", mixture="uniform")
+    shard = tmp_path / "d" / "c4" / "val_00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    fails("c4/val_00000.npy has 527 bytes, the manifest says 528")
+    shard.unlink()
+    fails("c4/val_00000.npy is missing")
+    (tmp_path / "d" / "manifest.json").write_text("{")
+    fails("manifest.json is damaged")
+    (tmp_path / "d" / "manifest.json").unlink()
+    fails("manifest.json is missing", "did not finish")
+
+
 def test_later_config_files_and_flags_win(sample_data, tmp_path):
     a, b = write(tmp_path / "a.py", "r = 0.1\nseed = 5\n"), write(tmp_path / "b.py", "r = 0.2\n")
     config = train.parse(train.TrainConfig, "", [str(a), str(b), "--seed=7", "--reweight", "upper"])
