@@ -5,6 +5,7 @@
 Reads RUN/config.json, RUN/metrics.jsonl, RUN/eval/perplexity.json; prints the files that it wrote.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -45,18 +46,21 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
     """Validation loss against steps: the mean, then each domain."""
     plt = pyplot()
     evals = [[r for r in records if r["kind"] == "eval"] for records in metrics]
-    held = [d for d in DOMAINS if any(r and d in r[0]["domains"] for r in evals)]
+    held = [d for d in DOMAINS if any(d in r["domains"] for records in evals for r in records)]
     fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharex=True, layout="constrained")
     for ax, domain in zip(axes.flat, [None, *held], strict=False):
+        shown = []  # losses after the first tenth of the run
         for i, (name, records) in enumerate(zip(names, evals, strict=True)):
-            loss = [r["mean_loss"] if domain is None else r["domains"][domain]["loss"] for r in records]
-            ax.plot([r["step"] for r in records], loss, label=name, marker=MARKERS[i % 7], markersize=2.5, lw=1.2,
-                    **style(i))
+            points = [(r["step"], r["mean_loss"] if domain is None else r["domains"][domain]["loss"])
+                      for r in records if domain is None or domain in r["domains"]]
+            ax.plot([step for step, _ in points], [loss for _, loss in points], label=name, marker=MARKERS[i % 7],
+                    markersize=2.5, lw=1.2, **style(i))
+            shown += [loss for step, loss in points if step > 0.1 * records[-1]["step"]]
         ax.set_title(domain or "mean of the domains", fontsize=9, fontweight=None if domain else "bold")
-        trained = [r["mean_loss"] if domain is None else r["domains"][domain]["loss"]
-                   for records in evals for r in records if r["step"]]
-        if trained:  # the untrained model's loss would squeeze all that matters
-            ax.set_ylim(top=max(trained) + 0.1 * (max(trained) - min(trained)) + 1e-3)
+        if shown:  # the untrained model's loss would squeeze all that matters
+            margin = 0.1 * (max(shown) - min(shown)) + 1e-3
+            ax.set_ylim(min(shown) - margin, max(shown) + margin)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))  # few enough for labels of five digits
     for ax in axes.flat[len(held) + 1:]:
         ax.set_visible(False)
     fig.supxlabel("optimizer step", fontsize=9)
@@ -68,18 +72,18 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
 
 
 def domain_perplexity(names: list[str], results: list[dict | None], path: Path) -> Path:
-    """Perplexity per domain, a bar per run."""
+    """Perplexity per domain, a bar per run; a run without a value leaves a gap, not a bar of height 0."""
     plt = pyplot()
     held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
     fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
     width = 0.8 / len(names)
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
         at = [x - 0.4 + (i + 0.5) * width for x in range(len(held))]
-        ppl = [result["domains"][d]["ppl"] if result and d in result["domains"] else 0 for d in held]
+        ppl = [result["domains"][d]["ppl"] if result and d in result["domains"] else math.nan for d in held]
         bars = ax.bar(at, ppl, width, label=name if result else f"{name} (missing)", color=COLOURS[i % 7], alpha=0.85,
                       hatch=HATCHES[i % 7], edgecolor="white")
         if len(names) <= 3:
-            ax.bar_label(bars, [f"{p:.2f}" for p in ppl], fontsize=6.5, padding=1)
+            ax.bar_label(bars, ["missing" if math.isnan(p) else f"{p:.2f}" for p in ppl], fontsize=6.5, padding=1)
     ax.set_xticks(range(len(held)), held)
     ax.set_ylabel("validation perplexity per token")
     ax.grid(axis="x", visible=False)
@@ -121,12 +125,16 @@ def main() -> None:
     if empty:
         raise UserError(f"{empty[0]}: no evaluation in metrics.jsonl; train it first")
     to = Path(args.to)
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; give a folder that can be made") from None
     print(weights(to / "weights.png"))
     if args.runs:
         names = run_names(configs)
         print(loss_curves(names, metrics, to / "loss_curves.png"))
-        print(domain_perplexity(names, results, to / "domain_perplexity.png"))
+        if any(results):  # with no run evaluated there is nothing to draw; stderr has said so
+            print(domain_perplexity(names, results, to / "domain_perplexity.png"))
 
 
 if __name__ == "__main__":
