@@ -16,25 +16,33 @@ from errors import UserError
 from model import GPT, GPTConfig
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either whole or absent (temporary name, fsync, rename)."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def save(out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> Path:
-    """Write the checkpoint of `step` under out_dir and delete all but the `keep` newest; call on one rank."""
+def write_text(path: Path, text: str) -> None:
+    """write_bytes of a text."""
+    write_bytes(path, text.encode())
+
+
+def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int) -> Path:
+    """Write the checkpoint of `step` under out_dir and delete all but the `keep` newest; call on one rank.
+
+    tensors: whole model and optimizer state, as distributed.get_state gives them.
+    """
     folder = checkpoint_folder(out_dir, step)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    torch.save(model.state_dict(), temporary / "model.pt")
-    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-    write_text(temporary / "state.json", json.dumps({"step": step, "gpt": asdict(model.config), **state}, indent=1))
+    torch.save(tensors[0], temporary / "model.pt")
+    torch.save(tensors[1], temporary / "optimizer.pt")
+    write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1))
     for path in (temporary / "model.pt", temporary / "optimizer.pt", temporary):
         _sync(path)
     if folder.exists():  # the same step again, after a resume
@@ -78,22 +86,20 @@ def read_state(folder: Path) -> dict:
         raise UserError(f"{folder} is not a readable checkpoint ({error})") from None
 
 
-def load(folder: Path, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's tensors into the model and the optimizer; UserError where they do not fit."""
-    saved = replace(GPTConfig(**read_state(folder)["gpt"]), dropout=model.config.dropout)  # no part of the shape
-    if saved != model.config:
-        differ = ", ".join(f"{k} {v} there, {getattr(model.config, k)} here"
-                           for k, v in asdict(saved).items() if v != getattr(model.config, k))
+def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
+    """Model and optimizer state on the CPU, for distributed.set_state; UserError if they are of another model."""
+    saved = replace(GPTConfig(**read_state(folder)["gpt"]), dropout=config.dropout)  # dropout is no part of the shape
+    if saved != config:
+        differ = ", ".join(f"{k} {v} there, {getattr(config, k)} here"
+                           for k, v in asdict(saved).items() if v != getattr(config, k))
         raise UserError(f"checkpoint {folder} is of another model: {differ}")
-    model.load_state_dict(_read(folder, "model.pt"))
-    if optimizer is not None:
-        optimizer.load_state_dict(_read(folder, "optimizer.pt"))
+    return _read(folder, "model.pt"), _read(folder, "optimizer.pt")
 
 
 def load_model(folder: Path) -> GPT:
     """The checkpoint's model, on the CPU."""
     model = GPT(GPTConfig(**read_state(folder)["gpt"]))
-    load(folder, model)
+    model.load_state_dict(_read(folder, "model.pt"))
     return model
 
 

@@ -82,7 +82,9 @@ class Split:
         self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
         self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
         self.open = lru_cache(maxsize=None)(lambda path: np.load(path, mmap_mode="r"))
-        for paths, infos in zip(self.paths, (shards[d] for d in self.domains), strict=True):
+        self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
+        self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
+        for paths, infos in zip(self.paths, self.infos, strict=True):
             for path, info in zip(paths, infos, strict=True):
                 check_shard(path, info)
 
@@ -91,6 +93,36 @@ class Split:
         shard = int(np.searchsorted(self.ends[domain], index, side="right"))
         start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
         return self.open(self.paths[domain][shard])[start:start + self.block_size + 1]
+
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The labels (meta.kind) that documents of this split carry; empty for most data."""
+        return tuple(sorted({name for infos in self.infos for info in infos for name in info.get("kinds", []) if name}))
+
+    def kind_of(self, pairs: np.ndarray) -> np.ndarray:
+        """(n, 2) domain and window -> (n,) index into self.kinds of the label of most of its targets; -1 for none."""
+        return np.array([self.window_kinds(d)[w] for d, w in pairs.tolist()], dtype=np.int64)
+
+    def _window_kinds(self, domain: int) -> np.ndarray:
+        """(n_windows,) what kind_of says of all windows of a domain."""
+        out = []
+        for path, info in zip(self.paths[domain], self.infos[domain], strict=True):
+            first_targets = np.arange((info["tokens"] - 1) // self.block_size + 1) * self.block_size + 1
+            runs = np.load(kinds_path(path)) if "kinds" in info else np.array([[info["tokens"], 0]])  # (R, 2) end, kind
+            names = info.get("kinds", [""])
+            counts = []  # of each kind, per window: tokens of the kind up to a position grow linearly within a run
+            for kind in range(len(names)):
+                total = np.cumsum(np.diff(runs[:, 0], prepend=0) * (runs[:, 1] == kind))
+                counts.append(np.diff(np.interp(first_targets, np.append(0, runs[:, 0]), np.append(0, total))))
+            here = np.array([self.kinds.index(name) if name else -1 for name in names])
+            out.append(here[np.argmax(counts, axis=0)])
+        return np.concatenate(out)
+
+
+def kinds_path(shard: Path) -> Path:
+    """The index beside a shard whose documents carry a label: (R, 2) end and label of each stretch of one label."""
+    return shard.with_suffix(".kinds.npy")
 
 
 def check_shard(path: Path, info: dict) -> None:

@@ -6,12 +6,16 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 
 import gc
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -48,17 +52,45 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its gradients averaged over the ranks after backward."""
+def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str) -> nn.Module:
+    """The model with its gradients averaged over the ranks after backward.
+
+    "ddp": every rank holds all of the model. "fsdp": each rank holds 1/W of every parameter, gradient and moment and
+    fetches a block's parameters when it is their turn; the model is changed in place.
+    """
     if not dist.is_initialized():
         return model
+    if parallel == "fsdp":
+        for block in blocks:
+            fully_shard(block)
+        return fully_shard(model)
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                    gradient_as_bucket_view=True)
 
 
 def no_sync(model: nn.Module, skip: bool):
-    """Skip the average of gradients inside this context; must hold for the forward *and* the backward pass."""
+    """Skip the average of gradients inside this context; must hold for the forward *and* the backward pass.
+
+    FSDP averages in every micro-step all the same: the sum of averages is the average of sums, and holding the
+    gradients back would need room for all of them on every rank.
+    """
     return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def full(value: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has spread over the ranks; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """Whole model and optimizer state by parameter name on the CPU of rank 0, empty elsewhere; all ranks call it."""
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:
+    """Put what get_state gave on rank 0 into this rank's model and optimizer, whatever the number of ranks."""
+    set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1],
+                   options=StateDictOptions(full_state_dict=True))
 
 
 def gather(values: Tensor) -> Tensor:

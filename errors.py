@@ -6,6 +6,7 @@ and keeps its traceback.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -26,5 +27,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends all processes when one has ended: rank 0 must have printed by then
         sys.exit(2)

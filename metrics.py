@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from checkpoint import write_text
@@ -14,6 +18,8 @@ class Metrics:
 
     def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
         self.path = Path(out_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
         kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)
@@ -32,7 +38,10 @@ class Metrics:
         self.bar.update(step - self.bar.n)
         if record["kind"] == "train":
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
-        else:
+        elif record["kind"] == "skip":
+            self.bar.write(f"step {step:>6}: skipped, {record['reason']} not finite; {len(record['samples'])} samples "
+                           "named in metrics.jsonl")
+        elif record["kind"] == "eval":
             self.bar.write(f"step {step:>6}: validation {record['mean_loss']:.4f} nats, worst {record['worst_domain']} "
                            f"{record['domains'][record['worst_domain']]['loss']:.4f}")
         if self.wandb:
@@ -43,6 +52,14 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def versions() -> dict:
+    """What a result depends on besides the config."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
+    return {"git_commit": git.stdout.strip() or None, "command": " ".join(sys.argv),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
 
 
 def read_lines(path: Path) -> list[dict]:

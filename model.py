@@ -108,7 +108,8 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view_as(targets).clone()  # FSDP hooks onto what is returned, which must not be a view
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":

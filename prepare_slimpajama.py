@@ -27,7 +27,7 @@ import sample_corpus
 import tokenizer as tokenizers
 from checkpoint import write_text
 from configurator import Parser
-from data import DOMAINS, SCHEMA, SET_NAMES
+from data import DOMAINS, SCHEMA, SET_NAMES, kinds_path
 from errors import UserError, nearest, run
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -45,14 +45,17 @@ class ShardWriter:
         self.shards: list[dict] = []
         self.file = None
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Append one document's tokens; it counts to the shard that it ends in."""
+    def add(self, ids: np.ndarray, n_bytes: int, kind: str = "") -> None:
+        """Append one document's tokens; it counts to the shard that it ends in. kind: its label, where it has one."""
         while True:
             if self.file is None:
                 self._open()
             part = ids[:self.shard_tokens - self.info["tokens"]]
             self.file.write(part.tobytes())
             self.info["tokens"] += len(part)
+            if self.runs and self.runs[-1][1] == kind:
+                self.runs.pop()  # neighbours of one kind are one run
+            self.runs.append((self.info["tokens"], kind))
             ids = ids[len(part):]
             if not len(ids):
                 break
@@ -63,6 +66,7 @@ class ShardWriter:
     def _open(self) -> None:
         name = f"{self.stem}_{len(self.shards):05d}.npy"
         self.info = {"file": name, "tokens": 0, "documents": 0, "bytes": 0}
+        self.runs: list[tuple[int, str]] = []  # (end, kind) of each stretch of tokens of one kind
         (self.out / name).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.out / f"{name}.tmp", "w+b", buffering=1 << 20)
         self.file.write(npy_header(0))
@@ -80,6 +84,11 @@ class ShardWriter:
         path = self.out / self.info["file"]
         os.replace(f"{path}.tmp", path)
         self.shards.append({**self.info, "file_bytes": path.stat().st_size, "sha256": digest.hexdigest()})
+        if kinds := sorted({kind for _, kind in self.runs} - {""}):  # no index where no document has a label
+            names = [*kinds, ""]
+            index = np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64)
+            np.save(kinds_path(path), index)
+            self.shards[-1]["kinds"] = names
         self.file = None
 
     def close(self) -> list[dict]:
@@ -225,7 +234,8 @@ def tokenize(documents: Iterator[Document], split_map: dict[str, str], encode: C
             split = "val" if int.from_bytes(hashlib.sha1(raw).digest()[:4], "big") % HELD_OUT == 0 else "train"
         else:
             split = ours[source_split]
-        writers[domain, split].add(np.append(encode(text), np.uint16(eot)), len(raw))
+        kind = record["meta"].get("kind")
+        writers[domain, split].add(np.append(encode(text), np.uint16(eot)), len(raw), str(kind or ""))
     domains = {}
     for (domain, split), writer in writers.items():
         if shards := writer.close():

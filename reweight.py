@@ -1,6 +1,6 @@
 """Per-sample weights from the losses of one global batch (Sow et al., ICLR 2025, arXiv 2502.06733).
 
-    h_i = delta * (2 l_i - l_max - l_min) / (l_max - l_min)      # min-max normalised loss, in [-delta, delta]
+    h_i = delta * (2 l_i - l_max - l_min) / (l_max - l_min)      # normalised loss, in [-delta, delta]
     w_i = softmax_i( f(h_i) / r )                                # f: the strategy; r: temperature (the paper's r)
 
 This w maximises sum_i w_i f(h_i) - r KL(w || uniform): r -> infinity gives the plain mean. A sample is one training
@@ -12,6 +12,7 @@ N samples of the global batch, D domains.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # name -> f(h, delta). A new strategy is one entry; flags, tests, plots and tables follow from it.
@@ -23,38 +24,64 @@ STRATEGIES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "upper": lambda h, delta: (h + delta) / 2,                          # high losses linearly more
 }
 
+# name -> (l_min, l_max) of (N,) losses; a loss beyond them is clipped
+NORMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "minmax": lambda losses: (losses.min(), losses.max()),              # as published; hangs on two samples
+    "quantile": lambda losses: tuple(torch.quantile(losses, torch.tensor([0.1, 0.9], device=losses.device))),
+    # "domain" in train.py: minmax of each loss minus its domain's running mean (track_domain_losses)
+    "domain": lambda losses: (losses.min(), losses.max()),
+}
+DOMAIN_DECAY = 0.95  # of the running means, per step
 
-def normalize_losses(losses: Tensor, delta: float = 1.0) -> Tensor:
+
+def normalize_losses(losses: Tensor, delta: float = 1.0, norm: str = "minmax") -> Tensor:
     """(N,) losses in nats -> (N,) h in [-delta, delta]; all losses equal -> zeros."""
     losses = losses.float()
-    low, high = losses.min(), losses.max()
+    low, high = NORMS[norm](losses)
+    losses = losses.clamp(low, high)
     # Written as the two distances: 2 l - l_max - l_min cancels in float32 when the losses are nearly equal.
     return delta * ((losses - low) - (high - losses)) / (high - low).clamp(min=1e-6)
 
 
 @torch.no_grad()
-def sample_weights(losses: Tensor, strategy: str, r: float, delta: float = 1.0) -> Tensor:
-    """(N,) losses in nats -> (N,) float32 weights that sum to 1 and carry no gradient; "uniform" is exactly 1/N."""
+def sample_weights(losses: Tensor, strategy: str, r: float, delta: float = 1.0, norm: str = "minmax",
+                   max_weight: float = 0.0) -> Tensor:
+    """(N,) losses in nats -> (N,) float32 weights that sum to 1 and carry no gradient; "uniform" is exactly 1/N.
+
+    max_weight caps every weight at max_weight / N (0: no cap).
+    """
     if strategy == "uniform":  # not left to the softmax: the baseline must be the plain mean bit for bit
         return torch.full_like(losses, 1 / len(losses), dtype=torch.float32)
-    return torch.softmax(STRATEGIES[strategy](normalize_losses(losses, delta), delta) / r, dim=0)
+    weights = torch.softmax(STRATEGIES[strategy](normalize_losses(losses, delta, norm), delta) / r, dim=0)
+    return cap_weights(weights, max_weight / len(losses)) if max_weight else weights
 
 
-def weight_statistics(losses: Tensor, weights: Tensor, domain: Tensor, domains: tuple[str, ...]) -> dict:
-    """What a log line says of one step's (N,) losses, weights and domain indices; copies to the host once.
+def cap_weights(weights: Tensor, cap: float) -> Tensor:
+    """(N,) weights that sum to 1 -> min(cap, scale * weights) that sum to 1; needs cap >= 1/N.
 
-    ess: effective sample size 1 / sum w^2 as a fraction of N; max_weight: times N; per domain the share of the
-    weight and the plain mean loss, for the domains that the batch holds.
+    The maximiser of the module's objective under w_i <= cap: what the capped samples lose goes to the others in
+    proportion to their weights.
     """
-    losses, weights = losses.double(), weights.double()
-    sums = torch.zeros(3, len(domains), dtype=torch.float64, device=losses.device)
-    sums.index_add_(1, domain.to(losses.device), torch.stack([weights, losses, torch.ones_like(losses)]))
-    head = torch.stack([losses.mean(), (weights * losses).sum(), 1 / (weights**2).sum() / len(losses),
-                        weights.max() * len(losses)])
-    values = torch.cat([head, sums.flatten()]).tolist()
-    (loss, weighted_loss, ess, max_weight), rest, n = values[:4], values[4:], len(domains)
-    share, loss_sum, count = rest[:n], rest[n:2 * n], rest[2 * n:]
-    held = [i for i in range(n) if count[i]]
-    return {"loss": loss, "weighted_loss": weighted_loss, "ess": ess, "max_weight": max_weight,
-            "weight_by_domain": {domains[i]: share[i] for i in held},
-            "loss_by_domain": {domains[i]: loss_sum[i] / count[i] for i in held}}
+    weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # a weight of 0 could take nothing
+    k = torch.arange(len(weights), device=weights.device)
+    rest = weights.sort().values.cumsum(0).flip(0)  # (N,) the sum of all but the k largest
+    # With the k largest capped the others are scaled by (1 - k cap) / rest. It grows with k as long as the largest one
+    # left would pass the cap, and falls from there on: the greatest is the one that holds.
+    scale = ((1 - k * cap) / rest).max()
+    return (weights * scale).clamp(max=cap)
+
+
+def track_domain_losses(state: Tensor, losses: Tensor, domain: Tensor) -> Tensor:
+    """(2, D) decayed sums of losses and of counts, (N,) losses, (N,) domain index -> the state after this step.
+
+    A step with a non-finite loss leaves the state as it was. A matrix product, since index_add has no fixed order on
+    a GPU and every rank must get the same bits.
+    """
+    one_hot = F.one_hot(domain, state.size(1)).to(losses.dtype)  # (N, D)
+    new = DOMAIN_DECAY * state + torch.stack([losses, torch.ones_like(losses)]) @ one_hot
+    return torch.where(losses.isfinite().all(), new, state)
+
+
+def domain_means(state: Tensor) -> Tensor:
+    """(2, D) state of track_domain_losses -> (D,) running mean losses in nats; 0 where nothing was seen."""
+    return state[0] / state[1].clamp(min=1e-12)

@@ -7,9 +7,7 @@
 Arguments are config files (their assignments) and flags; later ones win. A second start of the same command continues.
 """
 
-import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +28,8 @@ from errors import UserError, run
 from eval.perplexity import evaluate, validation_windows
 from metrics import Metrics
 from model import GPT, SIZES, GPTConfig
-from reweight import STRATEGIES, sample_weights, weight_statistics
+from reweight import NORMS, STRATEGIES, domain_means, sample_weights, track_domain_losses
+from telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,12 @@ class TrainConfig:
     # reweighting
     reweight: Literal[tuple(STRATEGIES)] = "uniform"  # strategy, an entry of STRATEGIES in reweight.py
     r: float = 0.4  # temperature of the weights; large: towards the plain mean
+    r_start: float = 0.0  # 0: r is constant; else r goes from here to r over r_steps, after the uniform steps
+    r_steps: int = 0  # steps
+    r_schedule: Literal["linear", "cosine"] = "linear"  # how it goes
     delta: float = 1.0  # normalised losses lie in [-delta, delta]
+    reweight_norm: Literal[tuple(NORMS)] = "minmax"  # what a loss is compared with, an entry of NORMS in reweight.py
+    max_weight: float = 0.0  # largest weight of a sample, times the batch; at least 1; 0: no cap
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights over the global batch, or over each micro-step
     # batch and optimizer
@@ -60,6 +64,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    max_skipped_steps: int = 20  # stop after so many in a row; skipped: loss or gradient not finite
     # evaluation, checkpoints, logs
     eval_interval: int = 500  # steps
     eval_windows: int = 256  # fixed validation windows per domain
@@ -67,16 +72,18 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted
     resume: Literal["auto", "never"] = "auto"  # continue the run in out_dir, or refuse a folder that holds one
     log_interval: int = 10  # steps
+    record_samples: int = 0  # every so many steps, loss and weight of each sample to samples.bin; 0: never
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is written in any case
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on cuda
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks: a whole model on each, or 1/ranks of it
     dry_run: bool = False  # print the plan and exit
 
     def __post_init__(self):
         positive = ("block_size", "r", "delta", "global_batch_size", "max_steps", "learning_rate", "eval_interval",
-                    "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval")
+                    "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= 0):
@@ -85,12 +92,16 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
+        if 0 < self.max_weight < 1:
+            raise UserError(f"--max_weight {self.max_weight}: must be at least 1 (the weights' mean), or 0 for no cap")
+        if bool(self.r_start) != bool(self.r_steps):
+            raise UserError(f"--r_start {self.r_start} --r_steps {self.r_steps}: give both, or none for a constant r")
 
 
 # A resumed run may change these; everything else is part of what is being measured.
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "eval_interval", "eval_windows", "resume",
               "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "dtype", "compile",
-              "dry_run"}
+              "dry_run", "max_skipped_steps", "record_samples", "parallel"}
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -124,6 +135,16 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def r_at(step: int, config: TrainConfig) -> float:
+    """Temperature of a step's weights: r, or on the way from r_start to r."""
+    if not config.r_start:
+        return config.r
+    done = min(1.0, (step - config.reweight_warmup_steps) / config.r_steps)
+    if config.r_schedule == "cosine":
+        done = 0.5 - 0.5 * math.cos(math.pi * done)
+    return config.r_start + (config.r - config.r_start) * done
+
+
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on biases and LayerNorm."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -133,10 +154,12 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int,
-               config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+               config: TrainConfig, expected: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step on this rank's n = G / W sequences x, y (n, T); nothing waits for the device.
 
-    -> (n,) sample losses in nats, (n,) weights (over all ranks they sum to 1), gradient norm before clipping.
+    expected: (n,) losses that the samples' own are compared with before they are weighted. -> (n,) sample losses in
+    nats, (n,) weights (over all ranks they sum to 1), gradient norm before clipping. If that is not finite, the step
+    was skipped: parameters and moments are as before, on all ranks.
     """
     n, B, (rank, _, W) = len(x), config.micro_batch_size, distributed.ranks()
     starts = range(0, n, B)  # of the A = n / B micro-batches
@@ -149,11 +172,15 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tens
         with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return model(x[i:i + B], y[i:i + B]).mean(1)
 
-    def own_weights(losses: Tensor) -> Tensor:  # (m,) -> (m,), weighted among the m of every rank
+    def own_weights(losses: Tensor, i: int = 0) -> Tensor:  # (m,) from sample i on -> (m,), among the m of every rank
         m = len(losses)
         if strategy == "uniform":  # needs nobody else's losses
             return torch.full_like(losses, 1 / (W * m))
-        return sample_weights(distributed.gather(losses), strategy, config.r, config.delta)[rank * m:(rank + 1) * m]
+        if expected is not None:
+            losses = losses - expected[i:i + m]
+        everyones = sample_weights(distributed.gather(losses), strategy, r_at(step, config), config.delta,
+                                   config.reweight_norm, config.max_weight)
+        return everyones[rank * m:(rank + 1) * m]
 
     weights = None
     if config.reweight_scope == "global" and len(starts) > 1 and strategy != "uniform":
@@ -163,11 +190,14 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tens
     for i in starts:
         with distributed.no_sync(model, skip=i != starts[-1]):
             losses = sample_losses(i)
-            w = own_weights(losses.detach()) / len(starts) if weights is None else weights[i:i + B]
+            w = own_weights(losses.detach(), i) / len(starts) if weights is None else weights[i:i + B]
+            # 0 * loss is NaN where a loss is not finite, so that the gradient is NaN on every rank after its average.
             # The one place for the factor W: gradients are averaged over the ranks, we want the sum of their parts.
-            (W * (w * losses).sum()).backward()
+            (W * ((w + 0 * losses.detach()) * losses).sum()).backward()
         used.append(torch.stack([losses.detach(), w]))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    grad_norm = distributed.full(grad_norm)
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # read on the device: 1 makes the fused step change nothing
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
     optimizer.step()
@@ -228,14 +258,6 @@ def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, t
             f"\nmixture    {config.mixture} (probability x windows drawn / windows there): {epochs}")
 
 
-def versions() -> dict:
-    """What a result depends on besides the config."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent)
-    return {"git_commit": git.stdout.strip() or None, "command": " ".join(sys.argv),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
-
-
 def main() -> None:
     rank, _, W = distributed.ranks()
     config = settle(parse(TrainConfig, __doc__, sys.argv[1:]), W)
@@ -260,57 +282,80 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     raw = GPT(gpt).to(device)
-    optimizer = make_optimizer(raw, config)
-    if resumed:
-        checkpoint.load(resumed, raw, optimizer)
-        print0(f"resumed from {resumed}")
     if config.compile == "on":
         raw.compile()
-    model = distributed.data_parallel(raw, device)
-    metrics = None
+    model = distributed.data_parallel(raw, raw.h, device, config.parallel)
+    optimizer = make_optimizer(raw, config)
+    tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
+    if resumed:
+        distributed.set_state(raw, optimizer, checkpoint.read_tensors(resumed, gpt))
+        tracked.copy_(torch.tensor(checkpoint.read_state(resumed)["domain_losses"]))
+        print0(f"resumed from {resumed}")
+    telemetry, metrics = Telemetry(train, out_dir, start, config.record_samples), None
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out_dir / "config.json", json.dumps({**asdict(config), **versions()}, indent=1))
         metrics = Metrics(out_dir, asdict(config), start, config.max_steps)
 
+    def log(record: dict) -> None:
+        if metrics:
+            metrics.log(record)
+
+    def save(step: int) -> None:
+        tensors = distributed.get_state(raw, optimizer)
+        if rank == 0:
+            checkpoint.save(out_dir, step, tensors, {
+                "config": asdict(config), "gpt": asdict(gpt), "data_hash": fingerprint,
+                "tokenizer_sha256": manifest["tokenizer"]["sha256"], "domain_losses": tracked.tolist(),
+            }, config.keep_checkpoints)
+
+    tokens, failure = config.global_batch_size * config.block_size, None
     stream, logged_step, logged_time = batches(train, sampler, config, start), start, time.perf_counter()
     for step in range(start, config.max_steps + 1):  # one round more than steps, so that the last one is evaluated too
-        last = step == config.max_steps
+        began, last = time.perf_counter(), step == config.max_steps
         if (last or step % config.eval_interval == 0) and not (resumed and step == start):
-            began = time.perf_counter()
             record = evaluate(raw, val, val_windows, config.micro_batch_size, config.dtype)
-            if metrics:
-                metrics.log({"kind": "eval", "step": step, **record})
-            logged_time += time.perf_counter() - began  # evaluation is not training time
-        if (last or step % config.checkpoint_interval == 0) and step > start and metrics:
-            began = time.perf_counter()
-            checkpoint.save(out_dir, step, raw, optimizer, {"config": asdict(config), "data_hash": fingerprint,
-                            "tokenizer_sha256": manifest["tokenizer"]["sha256"]}, config.keep_checkpoints)
-            logged_time += time.perf_counter() - began
+            log({"kind": "eval", "step": step, **record})
+            if histograms := telemetry.histograms():
+                log({"kind": "histogram", "step": step, **histograms})
+        if (last or step % config.checkpoint_interval == 0 and not telemetry.skipped) and step > start:
+            save(step)
+        logged_time += time.perf_counter() - began  # evaluation and saving are not training time
         if last:
             break
 
         x, y, pairs = next(stream)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (n, T)
-        losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config)
+        domain, expected = torch.from_numpy(pairs[:, 0].copy()).to(device, non_blocking=True), None  # (G,)
+        if config.reweight_norm == "domain":
+            expected = domain_means(tracked)[domain[rank * len(x):(rank + 1) * len(x)]]
+        losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config, expected)
+        if config.reweight_norm == "domain":
+            tracked = track_domain_losses(tracked, distributed.gather(losses), domain)
         done = step + 1
-        if done % config.log_interval == 0 or done == config.max_steps:
-            losses, weights = distributed.gather(losses), distributed.gather(weights)  # (G,), in draw order
-            record = weight_statistics(losses, weights, torch.from_numpy(pairs[:, 0].copy()), train.domains)
-            if not math.isfinite(record["loss"]):
-                raise UserError(f"the loss is {record['loss']} at step {done}; start again from {out_dir}/checkpoints "
-                                "with a lower --learning_rate or a larger --warmup_steps")
-            tokens, now = config.global_batch_size * config.block_size, time.perf_counter()
-            if metrics:
-                metrics.log({"kind": "train", "step": done, **record, "lr": lr_at(step, config),
-                             "grad_norm": grad_norm.item(), "tokens": done * tokens,
-                             "tokens_per_s": (done - logged_step) * tokens / (now - logged_time)})
+        telemetry.add(done, pairs, losses, weights, grad_norm)
+        if done % config.log_interval == 0 or done % config.checkpoint_interval == 0 or done == config.max_steps:
+            statistics, skips = telemetry.flush()
+            for record in skips:
+                log(record)
+            now = time.perf_counter()
+            if statistics:
+                log({"kind": "train", "step": done, **statistics, "lr": lr_at(step, config), "r": r_at(step, config),
+                     "tokens": done * tokens, "tokens_per_s": (done - logged_step) * tokens / (now - logged_time)})
             logged_step, logged_time = done, now
+            if len(telemetry.skipped) >= config.max_skipped_steps:
+                before = telemetry.skipped[0] - 1
+                save(before)  # a skipped step changed nothing, so this is the state before the first of them
+                failure = (f"loss or gradient not finite in {len(telemetry.skipped)} steps in a row, from step "
+                           f"{before + 1} on (the lines of kind skip in {out_dir}/metrics.jsonl name the samples); the "
+                           f"state before is saved as step {before}; start a new --out_dir with a lower "
+                           "--learning_rate or a larger --warmup_steps")
+                break
     if metrics:
         metrics.close()
-    print0(f"finished: {out_dir}; per-domain table: python eval/perplexity.py --run {out_dir}")
     del model  # the wrapper of the gradients must go before the process group does
     distributed.cleanup()
+    if failure:
+        raise UserError(failure)
+    print0(f"finished: {out_dir}; per-domain table: python eval/perplexity.py --run {out_dir}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,28 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from reweight import STRATEGIES, normalize_losses, sample_weights, weight_statistics
+from reweight import (
+    NORMS,
+    STRATEGIES,
+    cap_weights,
+    domain_means,
+    normalize_losses,
+    sample_weights,
+    track_domain_losses,
+)
 
 STRATEGY_NAMES = list(STRATEGIES)
 SIZES = (1, 2, 3, 7, 32, 48, 512, 4096)
 
 
-def reference(losses: np.ndarray, strategy: str, r: float, delta: float = 1.0) -> np.ndarray:
-    """The formulas sample by sample in float64, written without the code under test."""
+def reference(losses: np.ndarray, strategy: str, r: float, delta: float = 1.0, cap: float = 0.0) -> np.ndarray:
+    """The formulas sample by sample in float64, written without the code under test.
+
+    cap: of the weights times N, by moving the surplus of capped samples to the others until none is above.
+    """
     if strategy == "uniform":
         return np.full(len(losses), 1 / len(losses))
     losses = losses.astype(np.float64)
@@ -24,7 +37,12 @@ def reference(losses: np.ndarray, strategy: str, r: float, delta: float = 1.0) -
         f.append({"linupper": min(h + delta, delta), "quadratic": 1 - h**2 / delta**2, "extremes": abs(h),
                   "upper": (h + delta) / 2}[strategy])
     e = np.exp((np.array(f) - max(f)) / r)
-    return e / e.sum()
+    w, limit = e / e.sum(), cap / len(losses) if cap else 1.0
+    capped = np.zeros(len(w), dtype=bool)
+    while (w > limit * (1 + 1e-12)).any():
+        capped |= w > limit
+        w = np.where(capped, limit, e * (1 - limit * capped.sum()) / e[~capped].sum())
+    return w
 
 
 def loss_vectors(n: int) -> dict[str, np.ndarray]:
@@ -94,9 +112,90 @@ def test_weights_carry_no_gradient(strategy):
     assert not sample_weights(losses, strategy, 0.4).requires_grad
 
 
-def test_statistics():
-    losses, weights = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0.5, 0.25, 0.25, 0.0])
-    s = weight_statistics(losses, weights, torch.tensor([0, 0, 2, 2]), ("a", "b", "c"))
-    assert s["loss"] == 3 and s["weighted_loss"] == 1.75 and s["max_weight"] == 2
-    assert s["ess"] == pytest.approx(1 / 0.375 / 4)
-    assert s["weight_by_domain"] == {"a": 0.75, "c": 0.25} and s["loss_by_domain"] == {"a": 1.5, "c": 4.5}
+losses_of_a_batch = st.lists(st.floats(0, 20, width=32), min_size=2, max_size=40).map(torch.tensor)
+strategies, temperatures = st.sampled_from(STRATEGY_NAMES), st.sampled_from([0.05, 0.1, 0.4, 1.0, 10.0])
+properties = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@properties
+@given(losses_of_a_batch, strategies, temperatures, st.sampled_from(list(NORMS)), st.sampled_from([0.0, 1.0, 1.5, 5.0]))
+def test_weights_are_positive_bounded_and_sum_to_one(losses, strategy, r, norm, max_weight):
+    w = sample_weights(losses, strategy, r, norm=norm, max_weight=max_weight)
+    assert (w > 0).all() and w.sum().item() == pytest.approx(1, abs=1e-5)
+    if max_weight:
+        assert w.max().item() * len(losses) <= max_weight * (1 + 1e-6)
+
+
+@properties
+@given(losses_of_a_batch, strategies, temperatures, st.floats(-5, 5), st.floats(0.1, 10))
+def test_shifting_and_scaling_all_losses_changes_nothing(losses, strategy, r, shift, scale):
+    losses = losses.double()
+    if losses.max() - losses.min() < 0.5:  # the shifted float32 losses must still be told apart
+        losses[0] += 1.0
+    moved = sample_weights(losses * scale + shift, strategy, r)
+    # float32 keeps 24 bits of a loss of up to 205; h is off by that, and 1 / r magnifies it
+    torch.testing.assert_close(moved, sample_weights(losses, strategy, r), atol=1e-5 / r, rtol=1e-4 / r)
+
+
+@properties
+@given(losses_of_a_batch, strategies, temperatures, st.sampled_from(list(NORMS)), st.randoms(use_true_random=False))
+def test_permuting_the_batch_permutes_the_weights(losses, strategy, r, norm, rng):
+    """So no weight depends on the rank that holds the sample: ranks only order the batch."""
+    order = torch.tensor(rng.sample(range(len(losses)), len(losses)))
+    expected = sample_weights(losses, strategy, r, norm=norm)[order]
+    torch.testing.assert_close(sample_weights(losses[order], strategy, r, norm=norm), expected, atol=1e-6, rtol=1e-5)
+
+
+@properties
+@given(losses_of_a_batch, strategies)
+def test_temperature(losses, strategy):
+    """Larger r: larger effective sample size, up to the plain mean."""
+    weights = [sample_weights(losses, strategy, r).double() for r in (0.05, 0.1, 0.4, 1.0, 10.0, 1e6)]
+    ess = [1 / (w**2).sum().item() for w in weights]
+    assert all(a <= b + 1e-4 for a, b in zip(ess, ess[1:], strict=False))
+    torch.testing.assert_close(weights[-1], torch.full_like(weights[-1], 1 / len(losses)), atol=1e-6, rtol=0)
+
+
+@properties
+@given(losses_of_a_batch, st.sampled_from([1.0, 1.2, 2.0, 7.0]))
+def test_capped_weights_are_the_best_ones_under_the_cap(losses, cap):
+    """min(cap, scale * w) with one scale for all: what the optimum of the capped problem looks like."""
+    free = sample_weights(losses, "upper", 0.1)
+    capped = sample_weights(losses, "upper", 0.1, max_weight=cap)
+    np.testing.assert_allclose(capped.numpy(), reference(losses.numpy(), "upper", 0.1, cap=cap), atol=1e-5)
+    below = capped < cap / len(losses) * (1 - 1e-5)
+    if below.any():
+        ratio = (capped / free)[below]
+        assert ratio.max().item() == pytest.approx(ratio.min().item(), rel=1e-4) and ratio.min() >= 1 - 1e-5
+
+
+def test_a_cap_can_feed_weights_of_zero():
+    torch.testing.assert_close(cap_weights(torch.tensor([1.0, 0.0, 0.0]), 0.5), torch.tensor([0.5, 0.25, 0.25]))
+
+
+def test_one_corrupt_sample():
+    """Minmax: one sample of very high loss pushes all others to one end of h, and their weights together.
+
+    Quantile: their weights keep their spread, and the corrupt one weighs no more than the highest of them.
+    """
+    losses = torch.linspace(2.5, 3.5, 31)
+    with_corrupt = torch.cat([losses, torch.tensor([60.0])])
+    spread = {}
+    for norm in ("minmax", "quantile"):
+        clean, corrupt = (sample_weights(x, "linupper", 0.4, norm=norm)[:31] for x in (losses, with_corrupt))
+        spread[norm] = [(w.max() / w.min()).item() for w in (clean, corrupt)]
+    assert spread["minmax"][0] == pytest.approx(math.exp(1 / 0.4)) and spread["minmax"][1] < 1.1
+    assert all(s == pytest.approx(math.exp(1 / 0.4)) for s in spread["quantile"])
+    weights = {norm: sample_weights(with_corrupt, "upper", 0.4, norm=norm) for norm in NORMS}
+    assert weights["minmax"][31] > 8 * weights["minmax"][:31].max()
+    assert weights["quantile"][31] == weights["quantile"][:31].max()
+
+
+def test_domain_means_are_debiased_running_means():
+    state = torch.zeros(2, 3)
+    state = track_domain_losses(state, torch.tensor([2.0, 4.0, 8.0]), torch.tensor([0, 0, 2]))
+    assert domain_means(state).tolist() == [3.0, 0.0, 8.0]
+    state = track_domain_losses(state, torch.tensor([6.0]), torch.tensor([0]))
+    expected = (0.95 * 6 + 6) / (0.95 * 2 + 1)
+    assert domain_means(state).tolist() == pytest.approx([expected, 0.0, 8.0])
+    assert torch.equal(track_domain_losses(state, torch.tensor([math.nan]), torch.tensor([1])), state)

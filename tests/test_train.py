@@ -74,6 +74,85 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_resume_of_fsdp_and_running_means(sample_data, tmp_path):
+    """Two ranks with FSDP, weights against the domains' running means: broken off at 8, and gone on with at 12."""
+    import shutil
+    flags = (*TWELVE, "--parallel=fsdp", "--reweight_norm=domain", "--record_samples=3")
+    expect_ok(run(sample_data, tmp_path / "a", *flags, ranks=2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000012")
+    expect_ok(run(sample_data, tmp_path / "b", *flags, ranks=2))
+    assert without_times(records(tmp_path / "a", "train")) == without_times(records(tmp_path / "b", "train"))
+    a, b = (model_of(tmp_path / x / "checkpoints" / "step_00000012") for x in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (tmp_path / "a" / "samples.bin").read_bytes() == (tmp_path / "b" / "samples.bin").read_bytes()
+    # its checkpoint is a whole one: a single process goes on with it, and its losses are those of two ranks
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000012")
+    expect_ok(run(sample_data, tmp_path / "b", *flags, "--micro_batch_size=4"))  # dropout noise belongs to the 4
+    np.testing.assert_allclose(*([r["loss"] for r in records(tmp_path / x, "train")] for x in "ab"), atol=1e-5)
+
+
+def poisoned(monkeypatch, bad):
+    """Make the loss of the samples NaN for which bad(idx of one sample, step so far) says so."""
+    import model
+    forward, calls = model.GPT.forward, [0]
+
+    def patched(self, idx, targets=None):
+        out = forward(self, idx, targets)
+        if self.training:
+            calls[0] += 1
+            out = out + torch.tensor([math.nan if bad(row, calls[0]) else 0.0 for row in idx])[:, None]
+        return out
+    monkeypatch.setattr(model.GPT, "forward", patched)
+
+
+def test_a_step_with_a_nan_is_skipped_and_named(sample_data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda row, call: call == 5 and row[0] % 2 == 0)
+    flags = ("--max_steps=8", "--reweight=linupper", "--log_interval=4", "--record_samples=1")
+    expect_ok(run(sample_data, tmp_path / "run", *flags))
+    (skip,), rows = records(tmp_path / "run", "skip"), records(tmp_path / "run", "train")
+    assert skip["step"] == 5 and skip["reason"] == "loss" and 0 < len(skip["samples"]) < 8
+    split = data.Split(sample_data, data.read_manifest(sample_data), "train", 32)
+    for sample in skip["samples"]:
+        assert split.window(split.domains.index(sample["domain"]), sample["window"])[0] % 2 == 0
+    assert [r["step"] for r in rows] == [4, 8] and all(math.isfinite(r["loss"]) for r in rows)
+    assert all(p.isfinite().all() for p in model_of(tmp_path / "run" / "checkpoints" / "step_00000008").values())
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "extremes"])
+def test_too_many_skipped_steps_stop_the_run_with_the_state_before(sample_data, tmp_path, monkeypatch, strategy):
+    flags = ("--eval_interval=100", f"--reweight={strategy}", "--max_skipped_steps=3")
+    with monkeypatch.context() as patch:
+        poisoned(patch, lambda row, call: call > 6)
+        done = run(sample_data, tmp_path / "run", "--max_steps=30", "--checkpoint_interval=4", *flags)
+        expect_error(done, "3 steps in a row, from step 7 on", "saved as step 6", "--learning_rate")
+    assert checkpoint.steps(tmp_path / "run") == [4, 6]
+    for name in ("run", "whole"):  # without the NaNs: resumed from step 6, and from the start
+        expect_ok(run(sample_data, tmp_path / name, "--max_steps=30", "--checkpoint_interval=4", *flags))
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 31))
+    a, b = (model_of(tmp_path / x / "checkpoints" / "step_00000030") for x in ("run", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_histograms_and_kinds_are_logged(unbroken):
+    rows, histograms = records(unbroken, "train"), records(unbroken, "histogram")
+    assert [h["step"] for h in histograms] == [6, 12] and all(sum(h["loss"]["counts"]) == 48 for h in histograms)
+    assert set().union(*(r["weight_by_kind"] for r in rows)) == {"ordinary", "redundant", "noise"}
+    for r in rows:
+        assert sum(r["weight_by_kind"].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(r["samples_by_kind"].values()) == pytest.approx(1)
+
+
+def test_temperature_schedule():
+    def r(step, **settings):
+        return train.r_at(step, train.TrainConfig(reweight_warmup_steps=100, **settings))
+    assert r(50) == r(5000) == 0.4
+    linear = {"r_start": 10.0, "r_steps": 200, "r": 1.0}
+    assert [r(s, **linear) for s in (100, 200, 300, 9999)] == pytest.approx([10, 5.5, 1, 1])
+    cosine = {**linear, "r_schedule": "cosine"}
+    assert [r(s, **cosine) for s in (100, 150, 200, 300, 9999)] == pytest.approx([10, 8.682, 5.5, 1, 1], abs=1e-3)
+
+
 def test_a_finished_run_says_so(unbroken, sample_data):
     before = (unbroken / "metrics.jsonl").read_bytes()
     assert "is finished" in expect_ok(run(sample_data, unbroken, *TWELVE))
@@ -181,6 +260,9 @@ WRONG = {  # case -> flags, words of the error
     "dropout": (["--dropout=1"], ["--dropout 1", "below 1"]),
     "missing data": (["--data_dir=nowhere"], ["nowhere", "prepare_slimpajama.py"]),
     "batch that does not divide": (["--global_batch_size=8", "--micro_batch_size=3"], ["8", "--micro_batch_size 8"]),
+    "cap below the mean": (["--max_weight=0.5"], ["--max_weight 0.5", "at least 1"]),
+    "schedule without steps": (["--r_start=2"], ["--r_start 2.0 --r_steps 0", "give both"]),
+    "unknown normalisation": (["--reweight_norm=median"], ["--reweight_norm", "quantile"]),
     "window too long": (["--block_size=100000000"], ["--block_size"]),
     "no such device": (["--device=mps"], ["mps", "--device auto"]),
     "no such config": (["config/absent.py"], ["config/absent.py", "not found"]),
@@ -235,9 +317,9 @@ def test_checkpoint_of_another_run(unbroken, sample_data, tmp_path):
 
 
 def test_checkpoint_of_another_model(unbroken):
-    from model import GPT, SIZES
+    from model import SIZES
     with pytest.raises(checkpoint.UserError, match="another model: .*vocab_size 320 there, 50257 here"):
-        checkpoint.load(checkpoint.find_latest(unbroken), GPT(SIZES["tiny"]))
+        checkpoint.read_tensors(checkpoint.find_latest(unbroken), SIZES["tiny"])
 
 
 def test_checkpoints_run_no_code(unbroken, tmp_path):
