@@ -1,4 +1,4 @@
-"""Figures of runs: loss curves, perplexity per domain, and what weight each strategy gives to a loss.
+"""Figures of runs: loss curves, perplexity per domain, what weight each strategy gives to a loss, and to which data.
 
     python eval/plots.py runs/a runs/b --to figures       # weights.png alone needs no run
 
@@ -12,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 from configurator import Parser
@@ -93,6 +94,62 @@ def domain_perplexity(names: list[str], results: list[dict | None], path: Path) 
     return path
 
 
+def smooth(values: list[float]) -> np.ndarray:
+    """Running mean over a twentieth of the values; shorter at both ends, so that every value stands over its step."""
+    half = max(1, len(values) // 40)
+    total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    at = np.arange(len(values))
+    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[end] - total[first]) / (end - first)
+
+
+def shares_over_time(names: list[str], metrics: list[list[dict]], label: str, path: Path) -> Path:
+    """Share of the weight that each domain (or kind) gets, over its share of the samples; a panel per run."""
+    plt = pyplot()
+    lines = [[r for r in records if r["kind"] == "train" and f"samples_by_{label}" in r] for records in metrics]
+    there = {name for records in lines for r in records for name in r[f"samples_by_{label}"]}
+    groups = [name for name in (*DOMAINS, "ordinary", "redundant", "noise") if name in there]
+    groups += sorted(there - set(groups))
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.6), sharex=True, sharey=True,
+                             layout="constrained", squeeze=False)
+    for ax, name, records in zip(axes.flat, names, lines, strict=False):
+        for i, group in enumerate(groups):
+            weight, samples = (smooth([r[f"{key}_by_{label}"].get(group, 0.0) for r in records])
+                               for key in ("weight", "samples"))
+            ratio = np.divide(weight, samples, out=np.full_like(weight, np.nan), where=samples > 0)
+            ax.plot([r["step"] for r in records], ratio, label=group, lw=1.2, **style(i))
+        ax.axhline(1, color="0.6", lw=0.8)
+        ax.set_title(name, fontsize=9)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
+    for ax in axes.flat[len(names):]:
+        ax.set_visible(False)
+    fig.supxlabel("optimizer step", fontsize=9)
+    fig.supylabel("share of weight / share of samples", fontsize=9)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center",
+               ncols=min(len(groups), 4 if columns < 3 else 7))
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def effective_sample_size(names: list[str], metrics: list[list[dict]], path: Path) -> Path:
+    """1 / sum of squared weights as a share of the global batch, over the steps; a line per run."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
+    for i, (name, records) in enumerate(zip(names, metrics, strict=True)):
+        lines = [r for r in records if r["kind"] == "train"]
+        ax.plot([r["step"] for r in lines], smooth([r["ess"] for r in lines]), label=name, lw=1.3, **style(i))
+    ax.set_ylim(0, 1.05)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("effective sample size / G")
+    fig.legend(loc="outside upper center", ncols=min(4, len(names)))
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
 def weights(path: Path) -> Path:
     """Weight against loss of each strategy for 101 evenly spread losses, by temperature."""
     plt = pyplot()
@@ -133,6 +190,10 @@ def main() -> None:
     if args.runs:
         names = run_names(configs)
         print(loss_curves(names, metrics, to / "loss_curves.png"))
+        print(shares_over_time(names, metrics, "domain", to / "weight_by_domain.png"))
+        if any("weight_by_kind" in r for records in metrics for r in records):
+            print(shares_over_time(names, metrics, "kind", to / "weight_by_kind.png"))
+        print(effective_sample_size(names, metrics, to / "effective_sample_size.png"))
         if any(results):  # with no run evaluated there is nothing to draw; stderr has said so
             print(domain_perplexity(names, results, to / "domain_perplexity.png"))
 

@@ -69,7 +69,7 @@ def run_names(configs: list[dict]) -> list[str]:
 
 
 def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[float | str | None]]]:
-    """(label, value per run) rows: domains, average, worst domain and its name."""
+    """(label, value per run) rows: domains, average, worst domain and which one that is."""
     held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
     rows = [(d, [r["domains"][d][metric] if r and d in r["domains"] else None for r in results]) for d in held]
     domains = [r["domains"] if r else None for r in results]
@@ -80,7 +80,7 @@ def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[flo
         label, mean = ("exp(average loss)", math.exp) if metric == "ppl" else ("average loss", float)
         rows.append((label, [mean(r["mean_loss"]) if r else None for r in results]))
     rows.append(("worst domain", [d[name][metric] if d else None for d, name in zip(domains, worst, strict=True)]))
-    return [*rows, ("its name", worst)]
+    return [*rows, ("which one", worst)]
 
 
 def render(names: list[str], rows: list[tuple[str, list[float | str | None]]], form: str, digits: int) -> str:

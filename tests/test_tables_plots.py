@@ -14,7 +14,7 @@ from eval.tables import run_names
 CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc"}
 
 
-def make_run(folder, losses, val_hash="same", **changes):
+def make_run(folder, losses, val_hash="same", kinds=False, **changes):
     """A run folder whose domains have these final losses; None: not evaluated."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
@@ -27,6 +27,10 @@ def make_run(folder, losses, val_hash="same", **changes):
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text(json.dumps(record))
     lines = [{"kind": "eval", **record, "step": step} for step in (0, 5, 9)]
+    even = dict.fromkeys(domains, 1 / len(domains))
+    lines += [{"kind": "train", "step": step, "ess": 0.9, "weight_by_domain": even, "samples_by_domain": even,
+               **({"weight_by_kind": {"noise": 1.0}, "samples_by_kind": {"noise": 1.0}} if kinds else {})}
+              for step in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -43,13 +47,14 @@ def test_markdown(runs):
     assert rows["domain"] == ["uniform", "linupper"]
     assert rows["arxiv"] == ["**1.0000**", "1.1000"] and rows["book"] == ["2.0000", "**1.9000**"]
     assert rows["average loss"] == ["1.7143", "**1.6429**"] and rows["worst domain"] == ["3.0000", "**2.5000**"]
+    assert rows["which one"] == ["cc", "cc"]
 
 
 def test_csv_and_latex(runs):
     rows = list(csv.reader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
-    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 10
+    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 11
     latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
-    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 10 and r"\textbf{2.718}" in latex
+    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 11 and r"\textbf{2.718}" in latex
 
 
 def test_missing_says_missing(runs, tmp_path):
@@ -71,9 +76,21 @@ def test_names_tell_runs_apart():
 
 
 def test_plots(runs, tmp_path):
-    written = expect_ok(command("eval/plots.py", *runs, "--to", tmp_path / "figures")).split()
-    names = [path.rsplit("/", 1)[1] for path in written]
-    assert names == ["weights.png", "loss_curves.png", "domain_perplexity.png"]
+    def names(*folders):
+        written = expect_ok(command("eval/plots.py", *folders, "--to", tmp_path / "figures")).split()
+        return written, [path.rsplit("/", 1)[1] for path in written]
+    assert "weight_by_kind.png" not in names(*runs)[1]
+    written, found = names(*runs, make_run(tmp_path / "k", [1.0] * 7, kinds=True, reweight="upper"))
+    assert found == ["weights.png", "loss_curves.png", "weight_by_domain.png", "weight_by_kind.png",
+                     "effective_sample_size.png", "domain_perplexity.png"]
     for path in written:
         with open(path, "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n" and len(file.read()) > 5000
+
+
+def test_smoothing_is_a_centred_mean():
+    from eval.plots import smooth
+    assert smooth([1.0]).tolist() == [1.0] and smooth([]).tolist() == []
+    assert smooth([0.0, 3.0, 6.0, 3.0]).tolist() == [1.5, 3.0, 4.0, 4.5]
+    ramp = smooth(list(map(float, range(400))))
+    assert ramp[200] == 200 and ramp[0] == 5
