@@ -110,6 +110,14 @@ def reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def barrier(device: torch.device) -> None:
+    """Wait for all work of this rank's device and for all ranks; for timing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def print0(*args, **kwargs) -> None:
     """print on rank 0 only."""
     if ranks().rank == 0:

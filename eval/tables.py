@@ -1,8 +1,10 @@
-"""Results of several runs side by side: a row per domain, a column per run, the best of each row in bold.
+"""Results of several runs side by side: a row per domain, a column per setting, the best of each row in bold.
 
     python eval/tables.py runs/a runs/b --format markdown --metric ppl
 
-Reads RUN/config.json and RUN/eval/perplexity.json (python eval/perplexity.py --run RUN). What is absent is "missing".
+Runs that differ only in the seed share a column, as mean ± standard deviation. The row "minus uniform" compares each
+run with the uniform run of the same seed and settings. Reads RUN/config.json and RUN/eval/perplexity.json
+(python eval/perplexity.py --run RUN). What is absent is "missing".
 """
 
 import csv
@@ -12,7 +14,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,8 +26,9 @@ from errors import UserError, run
 MISSING = "missing"
 # Keys of config.json that say where and how a run was made, not what it measures.
 NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "resume", "dry_run", "log_interval",
-                "checkpoint_interval", "keep_checkpoints", "wandb"}
-NOT_OF_UNIFORM = {"r", "delta", "reweight_scope", "reweight_warmup_steps"}  # without effect there
+                "checkpoint_interval", "keep_checkpoints", "record_samples", "max_skipped_steps", "wandb"}
+NOT_OF_UNIFORM = {"r", "r_start", "r_steps", "r_schedule", "delta", "reweight_norm", "max_weight", "reweight_scope",
+                  "reweight_warmup_steps"}  # without effect there
 
 
 def read_json(path: Path) -> dict | None:
@@ -68,6 +71,29 @@ def run_names(configs: list[dict]) -> list[str]:
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
+def columns(configs: list[dict]) -> list[tuple[str, list[int]]]:
+    """(name, runs) of each column: runs that differ in nothing but the seed share one."""
+    grouped: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        key = {k: v for k, v in config.items() if k == "reweight" or k not in NOT_IN_NAMES | {"seed"}}
+        grouped.setdefault(json.dumps(key, sort_keys=True), []).append(i)
+    for runs in grouped.values():  # the same seed twice: both were meant to be seen
+        if len({configs[i].get("seed") for i in runs}) < len(runs):
+            return [(name, [i]) for i, name in enumerate(run_names(configs))]
+    names = run_names([{k: v for k, v in configs[runs[0]].items() if k != "seed"} for runs in grouped.values()])
+    return list(zip(names, grouped.values(), strict=True))
+
+
+def minus_uniform(configs: list[dict], results: list[dict | None]) -> list[float | None]:
+    """Average loss of each run minus that of the uniform run that is like it in all else, the seed included."""
+    def common(config: dict) -> dict:
+        return {k: v for k, v in config.items() if k not in NOT_IN_NAMES | NOT_OF_UNIFORM}
+    uniform = [(common(c), r["mean_loss"]) for c, r in zip(configs, results, strict=True)
+               if r and c["reweight"] == "uniform"]
+    return [next((r["mean_loss"] - loss for other, loss in uniform if r and other == common(c)), None)
+            for c, r in zip(configs, results, strict=True)]
+
+
 def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[float | str | None]]]:
     """(label, value per run) rows: domains, average, worst domain and which one that is."""
     held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
@@ -83,31 +109,53 @@ def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[flo
     return [*rows, ("which one", worst)]
 
 
-def render(names: list[str], rows: list[tuple[str, list[float | str | None]]], form: str, digits: int) -> str:
-    """The table as markdown, latex or csv; the lowest value of a row in bold."""
-    def cell(value: float | str | None, best: float | None) -> str:
-        if isinstance(value, str):
-            return value
-        text = MISSING if value is None else f"{value:.{digits}f}"
-        if form == "csv" or value is None or text != f"{best:.{digits}f}" or len(names) == 1:
-            return text
-        return rf"\textbf{{{text}}}" if form == "latex" else f"**{text}**"
-    lines = []
-    for label, values in rows:
-        best = min((v for v in values if isinstance(v, float)), default=None)
-        lines.append([label, *(cell(v, best) for v in values)])
-    head = ["domain", *names]
+def cell(values: list[float | str | None], digits: int, sign: str = "") -> str:
+    """The values of a column's runs as text: one value, mean ± standard deviation, or the names in it."""
+    held = [v for v in values if v is not None]
+    if not held:
+        return MISSING
+    if isinstance(held[0], str):
+        return ", ".join(dict.fromkeys(held))
+    spread = f" ± {stdev(held):.{digits}f}" if len(held) > 1 else ""
+    short = f" ({len(held)} of {len(values)} runs)" if len(held) < len(values) else ""
+    return f"{fmean(held):{sign}.{digits}f}{spread}{short}"
+
+
+def lines_of(configs: list[dict], results: list[dict | None], metric: str, bold: str) -> list[list[str]]:
+    """The table as cells of text, the head first; bold: a format for the lowest mean of a row, such as "**{}**"."""
+    groups = columns(configs)
+    digits = 3 if metric == "ppl" else 4
+    lines = [["domain", *(name for name, _ in groups)]]
+    for label, values in rows_of(results, metric):
+        per_column = [[values[i] for i in runs] for _, runs in groups]
+        texts = [cell(v, digits) for v in per_column]
+        means = [text.split(" ")[0] for text in texts]
+        numbers = [float(m) for m, v in zip(means, per_column, strict=True) if any(isinstance(x, float) for x in v)]
+        if bold and len(numbers) > 1:
+            best = f"{min(numbers):.{digits}f}"
+            texts = [bold.format(text) if mean == best else text for text, mean in zip(texts, means, strict=True)]
+        lines.append([label, *texts])
+    against = minus_uniform(configs, results)
+    if any(c["reweight"] != "uniform" and value is not None for c, value in zip(configs, against, strict=True)):
+        lines.append(["average loss minus uniform", *(cell([against[i] for i in runs], 4, "+") for _, runs in groups)])
+    return lines
+
+
+def render(lines: list[list[str]], form: str) -> str:
+    """The cells as markdown, latex or csv."""
     if form == "csv":
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([head, *lines])
+        csv.writer(out, lineterminator="\n").writerows(lines)
         return out.getvalue().rstrip("\n")
     if form == "latex":
-        body = [" & ".join(re.sub(r"([_%&#])", r"\\\1", c) for c in line) + r" \\" for line in (head, *lines)]
-        return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(names)}}}", r"\hline", body[0], r"\hline", *body[1:-3],
-                          r"\hline", *body[-3:], r"\hline", r"\end{tabular}"])
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+        text = [" & ".join(re.sub(r"([_%&#])", r"\\\1", c).replace("±", r"$\pm$") for c in line) + r" \\"
+                for line in lines]
+        summary = next(i for i, line in enumerate(lines) if line[0].split(" ")[0] in ("average", "exp(average"))
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\hline", text[0], r"\hline",
+                          *text[1:summary], r"\hline", *text[summary:], r"\hline", r"\end{tabular}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                              enumerate(zip(line, widths, strict=True))) + " |" for line in (head, *lines)]
+                              enumerate(zip(line, widths, strict=True))) + " |" for line in lines]
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([text[0], rule, *text[1:]])
 
@@ -122,7 +170,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table to this file (default: print it)")
     args = parser.parse_args()
     configs, results = read_runs(args.runs)
-    text = render(run_names(configs), rows_of(results, args.metric), args.format, 3 if args.metric == "ppl" else 4)
+    bold = {"markdown": "**{}**", "latex": r"\textbf{{{}}}", "csv": ""}[args.format]
+    text = render(lines_of(configs, results, args.metric, bold), args.format)
     if args.out is None:
         print(text)
         return

@@ -52,14 +52,28 @@ def test_markdown(runs):
 
 def test_csv_and_latex(runs):
     rows = list(csv.reader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
-    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 11
+    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 12
     latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
-    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 11 and r"\textbf{2.718}" in latex
+    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 12 and r"\textbf{2.718}" in latex
 
 
 def test_missing_says_missing(runs, tmp_path):
     done = command("eval/tables.py", runs[0], make_run(tmp_path / "c", None, reweight="upper"))
     assert "missing" in expect_ok(done) and "eval/perplexity.py --run" in done.stderr
+
+
+def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
+    runs = [make_run(tmp_path / f"{s}{k}", [1.0 + k * 0.1 + gap] * 7, reweight=s, seed=k, r=0.4 + (s == "uniform"))
+            for s, gap in (("uniform", 0.0), ("upper", 0.02)) for k in (1, 2, 3)]
+    runs[5:] = [make_run(tmp_path / "more", [1.33] * 7, reweight="upper", seed=3),
+                make_run(tmp_path / "other", [2.0] * 7, reweight="upper", seed=9, block_size=7)]
+    text = expect_ok(command("eval/tables.py", *runs, "--metric", "loss"))
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
+    assert rows["domain"] == ["uniform block_size=None", "upper block_size=None", "upper block_size=7"]
+    assert rows["book"] == ["**1.2000 ± 0.1000**", "1.2233 ± 0.1050", "2.0000"]
+    assert rows["average loss minus uniform"] == ["+0.0000 ± 0.0000", "+0.0233 ± 0.0058", "missing"]
+    latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
+    assert r"$\pm$" in latex
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
