@@ -6,12 +6,15 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from distributed import print0
 from errors import UserError
 from model import GPT, GPTConfig
 
@@ -67,9 +70,9 @@ def checkpoint_folder(out_dir: Path, step: int) -> Path:
 
 
 def steps(out_dir: Path) -> list[int]:
-    """The steps with a checkpoint, ascending."""
-    folder = Path(out_dir) / "checkpoints"
-    return sorted(int(p.name.removeprefix("step_")) for p in folder.glob("step_*") if not p.name.endswith(".tmp"))
+    """The steps with a checkpoint, ascending; folders with other names are left alone."""
+    found = (re.fullmatch(r"step_(\d{8,})", p.name) for p in (Path(out_dir) / "checkpoints").glob("step_*"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def find_latest(out_dir: Path) -> Path | None:
@@ -78,17 +81,47 @@ def find_latest(out_dir: Path) -> Path | None:
     return checkpoint_folder(out_dir, found[-1]) if found else None
 
 
-def read_state(folder: Path) -> dict:
-    """A checkpoint's state.json."""
+def find_resumable(out_dir: Path, identity: dict, resume: str, max_steps: int) -> tuple[Path | None, int]:
+    """The checkpoint to continue from and its step, or (None, 0); UserError if out_dir holds another run.
+
+    identity: what must be the same for a run to go on; saved with each checkpoint and, for a run that was stopped
+    before its first one, in config.json.
+    """
+    folder, begun = find_latest(out_dir), Path(out_dir) / "config.json"
+    if folder is None and not begun.exists():
+        return None, 0
+    if resume == "never":
+        raise UserError(f"{out_dir} already holds a run; choose another --out_dir, or use --resume auto")
+    state = read_json(folder / "state.json" if folder else begun)
+    there = state.get("identity", {})
+    differ = [f"{key} {there.get(key)} there, {value} here" for key, value in identity.items()
+              if there.get(key) != value]
+    if differ:
+        raise UserError(f"{out_dir} holds another run: {'; '.join(differ)}; choose another --out_dir")
+    if folder is None:
+        return None, 0
+    if state["step"] > max_steps:
+        raise UserError(f"{folder} is past --max_steps {max_steps}; choose another --out_dir or more steps")
+    if state["max_steps"] != max_steps:
+        print0(f"--max_steps was {state['max_steps']:,}: the learning rate goes down to --min_lr at the new end")
+    return folder, state["step"]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run folder that holds an object; UserError where it does not."""
     try:
-        return json.loads((Path(folder) / "state.json").read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a readable checkpoint ({error})") from None
+        raise UserError(f"{path} cannot be read ({error}); restore it or make it again") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is damaged (it holds no settings); restore it or make it again")
+    return content
 
 
 def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
     """Model and optimizer state on the CPU, for distributed.set_state; UserError if they are of another model."""
-    saved = replace(GPTConfig(**read_state(folder)["gpt"]), dropout=config.dropout)  # dropout is no part of the shape
+    saved = GPTConfig(**read_json(Path(folder) / "state.json")["gpt"])
+    saved = replace(saved, dropout=config.dropout)  # no part of the shape
     if saved != config:
         differ = ", ".join(f"{k} {v} there, {getattr(config, k)} here"
                            for k, v in asdict(saved).items() if v != getattr(config, k))
@@ -98,13 +131,19 @@ def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
 
 def load_model(folder: Path) -> GPT:
     """The checkpoint's model, on the CPU."""
-    model = GPT(GPTConfig(**read_state(folder)["gpt"]))
+    model = GPT(GPTConfig(**read_json(Path(folder) / "state.json")["gpt"]))
     model.load_state_dict(_read(folder, "model.pt"))
     return model
 
 
 def _read(folder: Path, name: str) -> dict:
+    path = Path(folder) / name
     try:
-        return torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{Path(folder) / name} is missing") from None
+        reason = "is missing"
+    except pickle.UnpicklingError:  # weights_only=True refuses to run what else a file may hold
+        reason = "is damaged or holds more than tensors"
+    except Exception:  # a damaged file makes the reader raise anything
+        reason = "is damaged"
+    raise UserError(f"{path} {reason}; remove {folder} to go on from an earlier checkpoint")

@@ -73,10 +73,14 @@ def read_file(path: str, parser: Parser) -> list[str]:
         names = runpy.run_path(path)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:  # the file is the user's own code: whatever it raises is about the file
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    flags = [f"--{name}={value}" for name, value in names.items()
-             if not name.startswith("_") and not isinstance(value, ModuleType)]
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is about the file
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: {type(error).__name__}: {reason}") from None
+    names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
+    for name, value in names.items():
+        if not isinstance(value, str | int | float):
+            raise UserError(f"{path}: {name} = {value!r}: must be a string, a number or a boolean")
+    flags = [f"--{name}={value}" for name, value in names.items()]
     try:
         parser.parse_args(flags)
     except UserError as error:

@@ -46,8 +46,8 @@ MIXTURES: dict[str, dict[str, float] | None] = {
 def read_manifest(data_dir: str | Path) -> dict:
     """DATA/manifest.json, which is written last: where there is none, the data is absent or not complete."""
     path = Path(data_dir) / "manifest.json"
-    if not Path(data_dir).is_dir():
-        raise UserError(f"data folder {data_dir} not found; make it with: python prepare_slimpajama.py "
+    if not data_dir or not Path(data_dir).is_dir():
+        raise UserError(f"data folder {str(data_dir)!r} not found; make it with: python prepare_slimpajama.py "
                         f"--source sample --out {data_dir}")
     if not path.is_file():
         raise UserError(f"{path} is missing, so the preparation of {data_dir} did not finish; run it again")
@@ -55,8 +55,9 @@ def read_manifest(data_dir: str | Path) -> dict:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); prepare the data again") from None
-    if manifest.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {manifest.get('schema')}, this code reads {SCHEMA}; prepare the data again")
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this code reads {SCHEMA}; prepare the data again")
     return manifest
 
 
@@ -81,7 +82,8 @@ class Split:
         # ends[d][k]: number of windows in the first k + 1 shards of domain d
         self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
         self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
-        self.open = lru_cache(maxsize=None)(lambda path: np.load(path, mmap_mode="r"))
+        self.open = lru_cache(maxsize=None)(open_shard)
+        self.n_vocab = manifest["tokenizer"]["n_vocab"]
         self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
         self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
         for paths, infos in zip(self.paths, self.infos, strict=True):
@@ -92,7 +94,12 @@ class Split:
         """(T + 1,) uint16: the tokens of window `index` of the domain."""
         shard = int(np.searchsorted(self.ends[domain], index, side="right"))
         start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
-        return self.open(self.paths[domain][shard])[start:start + self.block_size + 1]
+        path = self.paths[domain][shard]
+        tokens = self.open(path)[start:start + self.block_size + 1]
+        if len(tokens) <= self.block_size or tokens.max() >= self.n_vocab:
+            raise UserError(f"shard {path} was changed: tokens {start:,} to {start + self.block_size:,} must be there, "
+                            f"each below {self.n_vocab}; prepare the data again or restore the file")
+        return tokens
 
 
     @property
@@ -131,6 +138,18 @@ def check_shard(path: Path, info: dict) -> None:
     if path.stat().st_size != info["file_bytes"]:
         raise UserError(f"shard {path} has {path.stat().st_size:,} bytes, the manifest says {info['file_bytes']:,}: "
                         "it was cut short or changed; prepare the data again or restore the file")
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """(n,) uint16 tokens, memory-mapped."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(f"shard {path} holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16; prepare the "
+                        "data again or restore the file")
+    return tokens
 
 
 def mixture_weights(name: str, split: Split) -> np.ndarray:

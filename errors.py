@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a flag, a config file, a data folder, a checkpoint."""
@@ -27,7 +29,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also where a progress bar is drawn
+            sys.stderr.flush()
         else:
             time.sleep(1)  # torchrun ends all processes when one has ended: rank 0 must have printed by then
         sys.exit(2)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_text
+from errors import UserError
 
 
 class Metrics:
@@ -18,7 +19,10 @@ class Metrics:
 
     def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
         self.path = Path(out_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made") from None
         write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
         kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -29,8 +33,13 @@ class Metrics:
             import wandb  # only here: most runs have no account
             # One id per run folder: a resumed run goes on in its own page, and no other folder's run does.
             run_id = hashlib.sha256(str(Path(out_dir).resolve()).encode()).hexdigest()[:8]
-            self.wandb = wandb.init(project="nanoreweight", name=Path(out_dir).name, dir=str(out_dir), config=config,
-                                    mode=config["wandb"], id=run_id, resume="allow")
+            try:
+                self.wandb = wandb.init(project="nanoreweight", name=Path(out_dir).name, dir=str(out_dir),
+                                        config=config, mode=config["wandb"], id=run_id, resume="allow")
+            except wandb.errors.Error as error:
+                reason = str(error).split("\n")[0]
+                raise UserError(f"--wandb {config['wandb']}: {reason}; log in (wandb login), or use --wandb offline"
+                                ) from None
 
     def log(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -56,9 +65,12 @@ class Metrics:
 
 def versions() -> dict:
     """What a result depends on besides the config."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent)
-    return {"git_commit": git.stdout.strip() or None, "command": " ".join(sys.argv),
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
+                             cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git here
+        git = ""
+    return {"git_commit": git or None, "command": " ".join(sys.argv),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
 
 

@@ -27,7 +27,7 @@ import sample_corpus
 import tokenizer as tokenizers
 from checkpoint import write_text
 from configurator import Parser
-from data import DOMAINS, SCHEMA, SET_NAMES, kinds_path
+from data import DOMAINS, SCHEMA, SET_NAMES, kinds_path, read_manifest
 from errors import UserError, nearest, run
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -117,14 +117,16 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
             paths = [p for p in paths if p.name.endswith(SUFFIXES)]
             if not paths and root == Path(item):
                 raise UserError(f"--input {item}: no {', '.join(SUFFIXES)} there")
-            for path in paths:  # names count from the file up to the given folder (of a file: its own), not above
-                top = path.absolute().parent if root.is_file() else root.absolute()
-                folders = [p.name.lower() for p in path.absolute().parents if p == top or top in p.parents]
-                splits = [split_of(path.name), *(SPLIT_NAMES.get(name) for name in folders)]
-                found[path] = next((split for split in splits if split), None)
+            # A name tells the split from the file up to the first folder that the user typed: those above it, where
+            # the corpus happens to lie, say nothing.
+            above = Path(root.anchor) if root.is_absolute() else Path()
+            for path in paths:
+                folders = [SPLIT_NAMES.get(p.name.lower()) for p in path.parents if p != above]
+                split = next((s for s in (split_of(path.name), *folders) if s), None)
+                found[path.resolve()] = (path, split)  # the same file once, however it is spelled
     if not found:
         raise UserError(f"--input {' '.join(inputs)}: no {', '.join(SUFFIXES)} there")
-    return list(found.items())
+    return list(found.values())
 
 
 def split_of(name: str) -> str | None:
@@ -148,7 +150,7 @@ def read_files(files: list[tuple[Path, str | None]], bar: tqdm) -> Iterator[Docu
             bar.update(path.stat().st_size - position)
         except PermissionError:
             raise UserError(f"{path}: no permission to read it") from None
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: damaged or cut short ({error})") from None
 
 
@@ -161,7 +163,7 @@ def read_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict]
         where = f"{path}, line {number}"
         try:
             yield where, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if line.strip():
                 raise UserError(f"{where}: broken JSON ({error})") from None
 
@@ -207,7 +209,7 @@ def domain_of(record: dict, where: str) -> str:
         raise UserError(f"{where}: no string called 'text'")
     meta = record.get("meta")
     name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    if name not in SET_NAMES:
+    if not isinstance(name, str) or name not in SET_NAMES:
         raise UserError(f"{where}: unknown domain meta.redpajama_set_name {name!r}{nearest(str(name), SET_NAMES)} "
                         f"(known: {', '.join(SET_NAMES)}; more are added in data.py)")
     return SET_NAMES[name]
@@ -216,8 +218,9 @@ def domain_of(record: dict, where: str) -> str:
 def parse_split_map(text: str) -> dict[str, str]:
     """"train=train,val=test" -> {"train": "train", "val": "test"}: our splits from the source's."""
     pairs = dict(part.split("=", 1) for part in text.split(",") if part.count("=") == 1)
-    if not pairs or len(pairs) != text.count(",") + 1 or not set(pairs) <= {"train", "val"}:
-        raise UserError(f"--split {text}: expected the source's splits as train=NAME,val=NAME")
+    if not pairs or len(pairs) != text.count(",") + 1 or not set(pairs) <= {"train", "val"} or (
+            len(set(pairs.values())) < len(pairs)):
+        raise UserError(f"--split {text}: expected two different splits of the source as train=NAME,val=NAME, or one")
     return pairs
 
 
@@ -233,6 +236,8 @@ def tokenize(documents: Iterator[Document], split_map: dict[str, str], encode: C
         if source_split is None:
             split = "val" if int.from_bytes(hashlib.sha1(raw).digest()[:4], "big") % HELD_OUT == 0 else "train"
         else:
+            if source_split not in ours:
+                continue
             split = ours[source_split]
         kind = record["meta"].get("kind")
         writers[domain, split].add(np.append(encode(text), np.uint16(eot)), len(raw), str(kind or ""))
@@ -283,6 +288,9 @@ def choose_files(args: argparse.Namespace, split_map: dict[str, str]) -> list[tu
     for name in sorted({split for _, split in files if split} - set(split_map.values())):
         print(f"left out: {sum(split == name for _, split in files)} files of split {name!r} (see --split)")
     seen = {split for _, split in kept}
+    if unnamed := sum(split is None for _, split in kept):
+        print(f"{unnamed} of {len(kept)} files: no name tells a split; one document in {HELD_OUT} of theirs is for "
+              "validation, by a hash of its text")
     if None not in seen and (absent := sorted(set(split_map.values()) - seen)):
         there = ", ".join(sorted({str(split) for _, split in files}))
         raise UserError(f"no file of split {', '.join(absent)} in --input (there: {there}); choose with "
@@ -300,15 +308,20 @@ def main() -> None:
     described = {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
                  "eot_token": tokenizer.eot_token}
     if (out / "manifest.json").exists():
-        there = json.loads((out / "manifest.json").read_text())
+        there = read_manifest(out)
         if there["source"] != settings or there["tokenizer"] != described:
             raise UserError(f"{out} holds other data (made from {there['source']} with tokenizer "
                             f"{there['tokenizer']['name']}); choose another --out or delete the folder")
         print(f"{out} is complete already; nothing to do\n{table(there['domains'])}")
         return
-    for leftover in [p for domain in DOMAINS for p in (out / domain).glob("*.npy*")]:  # of an interrupted preparation
-        leftover.unlink()
     files = choose_files(args, split_map) if args.source == "files" else []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be made") from None
+    for leftover in [p for domain in DOMAINS for p in (out / domain).glob("*_[0-9][0-9][0-9][0-9][0-9].*")
+                     if p.name.startswith(("train_", "val_"))]:  # shards of an interrupted preparation
+        leftover.unlink()
     total = sum(path.stat().st_size for path, _ in files) or None
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"{args.source} -> {args.tokenizer}") as bar:
         documents = {"files": lambda: read_files(files, bar), "hub": lambda: read_hub(args, split_map, bar),

@@ -8,6 +8,7 @@ Arguments are config files (their assignments) and flags; later ones win. A seco
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from configurator import parse
 from distributed import print0
 from errors import UserError, run
 from eval.perplexity import evaluate, validation_windows
-from metrics import Metrics
+from metrics import Metrics, versions
 from model import GPT, SIZES, GPTConfig
 from reweight import NORMS, STRATEGIES, domain_means, sample_weights, track_domain_losses
 from telemetry import Telemetry
@@ -89,6 +90,10 @@ class TrainConfig:
             if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= 0):
                 allowed = "above 0" if field.name in positive else "0 or more"
                 raise UserError(f"--{field.name} {value}: must be {allowed}")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed}: must be below 2**63")
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
         for name in ("dropout", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
@@ -100,8 +105,8 @@ class TrainConfig:
 
 # A resumed run may change these; everything else is part of what is being measured.
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "eval_interval", "eval_windows", "resume",
-              "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "dtype", "compile",
-              "dry_run", "max_skipped_steps", "record_samples", "parallel"}
+              "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "compile", "dry_run",
+              "max_skipped_steps", "record_samples", "parallel"}
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -112,16 +117,17 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
         device = next(name for name in ("cuda", "mps", "cpu") if there[name])
     if not there[device]:
         raise UserError(f"--device {device}: there is none here; use --device auto or cpu")
-    if device == "cuda" and distributed.ranks().local_rank >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs here, but torchrun started more processes; "
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and on_node > torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs here, but torchrun started {on_node} processes; "
                         "lower --nproc_per_node")
     G, B = config.global_batch_size, config.micro_batch_size or config.global_batch_size // world_size
     if B == 0 or G % (B * world_size):
         fits = [b for b in range(1, G // world_size + 1) if G % (b * world_size) == 0]
         raise UserError(f"--global_batch_size {G} is not a multiple of {B or 1} sequences x {world_size} ranks; " +
                         (f"use --micro_batch_size {fits[-1]}" if fits else f"use a multiple of {world_size}"))
-    pick = {"dtype": "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32",
-            "compile": "on" if device == "cuda" else "off"}
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    pick = {"dtype": "bfloat16" if bf16 else "float32", "compile": "on" if device == "cuda" else "off"}
     out_dir = config.out_dir or f"runs/{config.model}_{config.mixture}_{config.reweight}_seed{config.seed}"
     return replace(config, device=device, micro_batch_size=B, out_dir=out_dir,
                    **{key: value for key, value in pick.items() if getattr(config, key) == "auto"})
@@ -174,16 +180,16 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tens
 
     def own_weights(losses: Tensor, i: int = 0) -> Tensor:  # (m,) from sample i on -> (m,), among the m of every rank
         m = len(losses)
-        if strategy == "uniform":  # needs nobody else's losses
-            return torch.full_like(losses, 1 / (W * m))
         if expected is not None:
             losses = losses - expected[i:i + m]
         everyones = sample_weights(distributed.gather(losses), strategy, r_at(step, config), config.delta,
                                    config.reweight_norm, config.max_weight)
         return everyones[rank * m:(rank + 1) * m]
 
-    weights = None
-    if config.reweight_scope == "global" and len(starts) > 1 and strategy != "uniform":
+    weights = None  # not known before the forward pass
+    if strategy == "uniform":  # needs nobody else's losses
+        weights = torch.full((n,), 1 / (W * n), device=x.device)
+    elif config.reweight_scope == "global" and len(starts) > 1:
         with torch.no_grad():  # a pass of its own: the weights need all G losses before the first backward
             weights = own_weights(torch.cat([sample_losses(i) for i in starts]))
     used = []
@@ -218,23 +224,11 @@ def batches(split: data.Split, sampler: data.DomainSampler, config: TrainConfig,
     return data.prefetch(read, range(first_step, config.max_steps))
 
 
-def resume_from(config: TrainConfig, data_hash: str) -> tuple[Path | None, int]:
-    """The checkpoint to continue from and its step, or (None, 0); UserError if it belongs to another experiment."""
-    folder = checkpoint.find_latest(config.out_dir)
-    if folder is None:
-        return None, 0
-    if config.resume == "never":
-        raise UserError(f"{config.out_dir} already holds a run; choose another --out_dir, or use --resume auto")
-    state = checkpoint.read_state(folder)
-    there = {**state["config"], "data": state["data_hash"]}
-    here = {**asdict(config), "data": data_hash}
-    differ = [f"{key} {there[key]} there, {here[key]} here" for key in here
-              if key not in MAY_CHANGE and there.get(key) != here[key]]
-    if differ:
-        raise UserError(f"{config.out_dir} holds another run: {'; '.join(differ)}; choose another --out_dir")
-    if state["step"] > config.max_steps:
-        raise UserError(f"{folder} is past --max_steps {config.max_steps}; choose another --out_dir or more steps")
-    return folder, state["step"]
+def identity(config: TrainConfig, data_hash: str, W: int) -> dict:
+    """What must be the same for a run to go on: data, settings, and with scope "micro" who is weighted with whom."""
+    settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    together = config.micro_batch_size * W if config.reweight_scope == "micro" else 0
+    return {**settings, "data": data_hash, "samples weighted together": together}
 
 
 def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, train: data.Split, W: int) -> str:
@@ -270,8 +264,8 @@ def main() -> None:
     gpt = replace(SIZES[config.model], block_size=config.block_size, dropout=config.dropout,
                   vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
     print0(describe(config, gpt, sampler, train, W))
-    fingerprint, out_dir = data.data_hash(manifest), Path(config.out_dir)
-    resumed, start = resume_from(config, fingerprint)
+    out_dir, this = Path(config.out_dir), identity(config, data.data_hash(manifest), W)
+    resumed, start = checkpoint.find_resumable(out_dir, this, config.resume, config.max_steps)
     if config.dry_run:
         return
     if start == config.max_steps:
@@ -279,6 +273,10 @@ def main() -> None:
         return
 
     device = distributed.setup(config.device)
+    starts = distributed.gather(torch.tensor([start], device=device)).tolist()
+    if len(set(starts)) > 1:
+        raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "
+                        "must be one folder that all nodes see")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     raw = GPT(gpt).to(device)
@@ -289,11 +287,11 @@ def main() -> None:
     tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
     if resumed:
         distributed.set_state(raw, optimizer, checkpoint.read_tensors(resumed, gpt))
-        tracked.copy_(torch.tensor(checkpoint.read_state(resumed)["domain_losses"]))
+        tracked.copy_(torch.tensor(checkpoint.read_json(resumed / "state.json")["domain_losses"]))
         print0(f"resumed from {resumed}")
     telemetry, metrics = Telemetry(train, out_dir, start, config.record_samples), None
     if rank == 0:
-        metrics = Metrics(out_dir, asdict(config), start, config.max_steps)
+        metrics = Metrics(out_dir, {**asdict(config), "world_size": W, "identity": this}, start, config.max_steps)
 
     def log(record: dict) -> None:
         if metrics:
@@ -303,8 +301,9 @@ def main() -> None:
         tensors = distributed.get_state(raw, optimizer)
         if rank == 0:
             checkpoint.save(out_dir, step, tensors, {
-                "config": asdict(config), "gpt": asdict(gpt), "data_hash": fingerprint,
-                "tokenizer_sha256": manifest["tokenizer"]["sha256"], "domain_losses": tracked.tolist(),
+                "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this, "dtype": config.dtype,
+                "data_dir": config.data_dir, "tokenizer_sha256": manifest["tokenizer"]["sha256"],
+                "domain_losses": tracked.tolist(), "versions": versions(),
             }, config.keep_checkpoints)
 
     tokens, failure = config.global_batch_size * config.block_size, None

@@ -15,9 +15,9 @@ import numpy as np
 
 import data
 import tokenizer
+from checkpoint import read_json
 from configurator import Parser
 from errors import UserError, run
-from eval.tables import read_json
 from telemetry import SAMPLE
 
 
@@ -54,9 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.top < 1 or args.chars < 1:
         raise UserError(f"--top {args.top} --chars {args.chars}: both must be above 0")
-    config = read_json(args.run / "config.json")
-    if config is None:
+    if not (args.run / "config.json").is_file():
         raise UserError(f"--run {args.run}: no config.json there; give a run folder of train.py")
+    config = read_json(args.run / "config.json")
     rows = read_samples(args.run, args.from_step)
     data_dir = args.data_dir or config["data_dir"]
     manifest = data.read_manifest(data_dir)

@@ -63,10 +63,10 @@ def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch
         window_nats.append(losses.sum(1))
     model.train(training)
     counted = mine < len(pairs)
-    nats, domain = torch.cat(window_nats).double().cpu()[counted], torch.from_numpy(padded[mine[counted], 0])
+    nats, domain = torch.cat(window_nats).cpu().double()[counted], torch.from_numpy(padded[mine[counted], 0])
     sums = torch.zeros(2, len(split.domains), dtype=torch.float64)  # nats and windows per domain
     sums.index_add_(1, domain, torch.stack([nats, torch.ones_like(nats)]))
-    nats, windows = distributed.reduce_sum(sums.to(device) if W > 1 else sums).tolist()
+    nats, windows = distributed.reduce_sum(sums.to(device) if W > 1 else sums).tolist()  # W > 1: not on mps
     return summarize(split, pairs, nats, windows)
 
 
@@ -76,7 +76,7 @@ def summarize(split: data.Split, pairs: np.ndarray, nats: list[float], windows: 
     for name, total, count in zip(split.domains, nats, windows, strict=True):
         if count:
             loss = total / (count * split.block_size)
-            domains[name] = {"loss": loss, "ppl": math.exp(loss), "tokens": int(count) * split.block_size,
+            domains[name] = {"loss": loss, "ppl": perplexity(loss), "tokens": int(count) * split.block_size,
                              "bits_per_byte": loss / math.log(2) * split.tokens[name] / split.bytes[name]}
     content = json.dumps([split.sha256, split.block_size, pairs.tolist()]).encode()
     return {"domains": domains, "mean_loss": sum(d["loss"] for d in domains.values()) / len(domains),
@@ -84,12 +84,17 @@ def summarize(split: data.Split, pairs: np.ndarray, nats: list[float], windows: 
             "val_hash": hashlib.sha256(content).hexdigest()[:16]}
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); inf where that is beyond a double (a diverged model)."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
 def table(record: dict) -> str:
     """The record as text, a line per domain."""
     lines = [f"{'domain':<14}{'loss (nats)':>12}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}"]
     lines += [f"{name:<14}{d['loss']:>12.4f}{d['ppl']:>12.3f}{d['bits_per_byte']:>11.4f}{d['tokens']:>12,}"
               for name, d in record["domains"].items()]
-    lines += [f"{'average':<14}{record['mean_loss']:>12.4f}{math.exp(record['mean_loss']):>12.3f}",
+    lines += [f"{'average':<14}{record['mean_loss']:>12.4f}{perplexity(record['mean_loss']):>12.3f}",
               f"worst domain: {record['worst_domain']}"]
     return "\n".join(lines)
 
@@ -98,7 +103,8 @@ def find_run(path: str) -> tuple[Path, Path]:
     """(run folder, checkpoint folder) from either one."""
     folder = Path(path)
     if (folder / "state.json").is_file():
-        return folder.resolve().parents[1], folder
+        folder = folder.resolve()
+        return folder.parents[1] if folder.parent.name == "checkpoints" else folder, folder
     newest = checkpoint.find_latest(folder)
     if newest is None:
         raise UserError(f"--run {path}: no checkpoint there; give a run folder (it has checkpoints/) or a checkpoint")
@@ -114,8 +120,8 @@ def main() -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: must be above 0")
     run_dir, folder = find_run(args.run)
-    state = checkpoint.read_state(folder)
-    data_dir = args.data_dir or state["config"]["data_dir"]
+    state = checkpoint.read_json(folder / "state.json")
+    data_dir = args.data_dir or state["data_dir"]
     manifest = data.read_manifest(data_dir)
     if manifest["tokenizer"]["sha256"] != state["tokenizer_sha256"]:
         raise UserError(f"{data_dir} has tokenizer {manifest['tokenizer']['name']}, the model was trained with another")
@@ -123,7 +129,7 @@ def main() -> None:
     pairs = validation_windows(split, None)
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.load_model(folder).to(device)
-    dtype = state["config"]["dtype"] if device.type == "cuda" else "float32"
+    dtype = state["dtype"] if device.type == "cuda" else "float32"
     record = {"step": state["step"], **evaluate(model, split, pairs, args.batch_size, dtype)}
     if distributed.ranks().rank == 0:
         (run_dir / "eval").mkdir(exist_ok=True)

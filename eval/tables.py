@@ -19,6 +19,7 @@ from statistics import fmean, stdev
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import read_json
 from configurator import Parser
 from data import DOMAINS
 from errors import UserError, run
@@ -26,29 +27,26 @@ from errors import UserError, run
 MISSING = "missing"
 # Keys of config.json that say where and how a run was made, not what it measures.
 NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "resume", "dry_run", "log_interval",
-                "checkpoint_interval", "keep_checkpoints", "record_samples", "max_skipped_steps", "wandb"}
+                "checkpoint_interval", "keep_checkpoints", "record_samples", "max_skipped_steps", "wandb", "identity"}
 NOT_OF_UNIFORM = {"r", "r_start", "r_steps", "r_schedule", "delta", "reweight_norm", "max_weight", "reweight_scope",
                   "reweight_warmup_steps"}  # without effect there
-
-
-def read_json(path: Path) -> dict | None:
-    """The file's content, None where there is no file; UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or make it again") from None
 
 
 def read_runs(folders: list[str]) -> tuple[list[dict], list[dict | None]]:
     """(config, perplexity result or None) of each run; UserError where they cannot stand in one table."""
     configs, results, seen = [], [], {}
     for folder in map(Path, folders):
-        configs.append(read_json(folder / "config.json"))
-        if configs[-1] is None:
+        if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json there; give run folders of train.py")
-        results.append(read_json(folder / "eval" / "perplexity.json"))
+        configs.append(read_json(folder / "config.json"))
+        result = folder / "eval" / "perplexity.json"
+        results.append(read_json(result) if result.is_file() else None)
         if results[-1] is None:
             print(f"{folder}: not evaluated yet; run: python eval/perplexity.py --run {folder}", file=sys.stderr)
+        elif results[-1]["step"] != configs[-1]["max_steps"]:  # a setting like any other: it tells columns apart
+            configs[-1]["evaluated_at_step"] = results[-1]["step"]
+            print(f"{folder}: evaluated at step {results[-1]['step']} of {configs[-1]['max_steps']}; to evaluate the "
+                  f"newest checkpoint: python eval/perplexity.py --run {folder}", file=sys.stderr)
     for folder, result in zip(folders, results, strict=True):
         if result is not None:
             seen.setdefault(result["val_hash"], folder)

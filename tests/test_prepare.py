@@ -87,6 +87,38 @@ def test_test_split_takes_the_place_of_validation_when_asked(tmp_path):
     assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
 
 
+def test_splits_of_globs_and_folders_count(tmp_path):
+    """The folders that the user typed tell the split too, and one file counts once."""
+    for split in ("train", "validation"):
+        for part in ("a", "b"):
+            write(tmp_path / "in" / split / part / "0.jsonl")
+    expect_ok(prepare(tmp_path / "whole", "--input", tmp_path / "in"))
+    for i, inputs in enumerate(([f"{tmp_path}/in/train/*/*.jsonl", f"{tmp_path}/in/validation/*/*.jsonl"],
+                                [tmp_path / "in" / s / p for s in ("train", "validation") for p in "ab"],
+                                [tmp_path / "in", tmp_path / "in" / "train" / "a"])):
+        text = expect_ok(prepare(tmp_path / str(i), "--input", *inputs))
+        assert "by a hash" not in text
+        assert data.read_manifest(tmp_path / str(i))["domains"] == data.read_manifest(tmp_path / "whole")["domains"]
+
+
+def test_other_files_in_out_are_left_alone(tmp_path):
+    write(tmp_path / "train.jsonl")
+    mine = tmp_path / "out" / "book" / "my_features.npy"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    leftover = mine.with_name("train_00003.npy")
+    leftover.touch()
+    expect_error(prepare(tmp_path / "out", "--input", "/nope"), "/nope")
+    assert mine.exists() and leftover.exists()
+    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "train.jsonl", "--split", "train=train"))
+    assert mine.exists() and not leftover.exists()
+
+
+def test_a_part_of_the_sample(tmp_path):
+    expect_ok(prepare(tmp_path / "out", "--split", "val=validation", source="sample"))
+    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"val"}
+
+
 def test_hub_layout_equals_files(tmp_path):
     for split in ("train", "validation", "test"):
         write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
@@ -137,6 +169,12 @@ def broken(case, folder):
     if case == "no meta":
         write(good, [{"text": "x"}])
         return ("--input", folder), ("train.jsonl, line 1", "redpajama_set_name None")
+    if case == "domain is a list":
+        write(good, [{"text": "x", "meta": {"redpajama_set_name": ["RedPajamaC4"]}}])
+        return ("--input", folder), ("train.jsonl, line 1", "redpajama_set_name ['RedPajamaC4']")
+    if case == "deep json":
+        good.write_text("[" * 100_000 + "\n")
+        return ("--input", folder), ("train.jsonl, line 1", "broken JSON")
     if case == "no text":
         write(good, [{"content": "x", "meta": {}}])
         return ("--input", folder), ("train.jsonl, line 1", "'text'")
@@ -156,14 +194,16 @@ def broken(case, folder):
         "no such input": (("--input", folder / "absent"), ("absent", "no such file")),
         "empty folder": (("--input", ROOT / "config"), ("config", "no .jsonl")),
         "no input": ((), ("--source files needs --input",)),
+        "same split twice": (("--input", folder, "--split", "train=train,val=train"), ("two different splits",)),
         "split": (("--input", folder, "--split", "validation"), ("--split validation", "train=NAME,val=NAME")),
         "shard size": (("--input", folder, "--shard_tokens", "0"), ("--shard_tokens 0",)),
         "flag": (("--input", folder, "--tokeniser", "gpt2"), ("--tokeniser", "did you mean '--tokenizer'")),
     }[case]
 
 
-@pytest.mark.parametrize("case", ["json", "domain", "no meta", "no text", "zstd", "gzip", "parquet", "no such input",
-                                  "empty folder", "no input", "split", "shard size", "flag"])
+@pytest.mark.parametrize("case", [
+    "json", "deep json", "domain", "domain is a list", "no meta", "no text", "zstd", "gzip", "parquet", "no such input",
+    "empty folder", "no input", "split", "same split twice", "shard size", "flag"])
 def test_wrong_input(case, tmp_path):
     args, words = broken(case, tmp_path / "in")
     expect_error(prepare(tmp_path / "out", *args), *words)
@@ -182,3 +222,12 @@ def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
 def test_help_lists_every_flag():
     text = expect_ok(command("prepare_slimpajama.py", "--help", process=True))
     assert all(flag in text for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer"))
+
+
+def test_out_that_is_no_folder_or_damaged(tmp_path):
+    write(tmp_path / "train.jsonl"), write(tmp_path / "val.jsonl")
+    expect_error(prepare("/dev/null", "--input", tmp_path), "--out /dev/null")
+    (tmp_path / "out").mkdir()
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "out" / "manifest.json").write_text(text)
+        expect_error(prepare(tmp_path / "out", "--input", tmp_path), "manifest.json")

@@ -11,7 +11,8 @@ from conftest import command, expect_error, expect_ok
 from data import DOMAINS
 from eval.tables import run_names
 
-CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc"}
+CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc",
+          "max_steps": 9}
 
 
 def make_run(folder, losses, val_hash="same", kinds=False, **changes):
@@ -74,6 +75,12 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
     assert rows["average loss minus uniform"] == ["+0.0000 ± 0.0000", "+0.0233 ± 0.0058", "missing"]
     latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
     assert r"$\pm$" in latex
+
+
+def test_an_older_checkpoint_is_told(runs, tmp_path):
+    short = make_run(tmp_path / "short", [1.0] * 7, max_steps=20)
+    done = command("eval/tables.py", runs[1], short)
+    assert "evaluated_at_step=9" in expect_ok(done) and "evaluated at step 9 of 20" in done.stderr
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):

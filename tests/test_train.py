@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -63,7 +64,6 @@ def test_run_folder(unbroken):
 
 
 def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_path):
-    import shutil
     out = tmp_path / "broken"
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "checkpoints" / "step_00000012")  # stopped between step 8 and 12, with lines past 8 written
@@ -76,7 +76,6 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
 
 def test_resume_of_fsdp_and_running_means(sample_data, tmp_path):
     """Two ranks with FSDP, weights against the domains' running means: broken off at 8, and gone on with at 12."""
-    import shutil
     flags = (*TWELVE, "--parallel=fsdp", "--reweight_norm=domain", "--record_samples=3")
     expect_ok(run(sample_data, tmp_path / "a", *flags, ranks=2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -263,6 +262,8 @@ WRONG = {  # case -> flags, words of the error
     "cap below the mean": (["--max_weight=0.5"], ["--max_weight 0.5", "at least 1"]),
     "schedule without steps": (["--r_start=2"], ["--r_start 2.0 --r_steps 0", "give both"]),
     "unknown normalisation": (["--reweight_norm=median"], ["--reweight_norm", "quantile"]),
+    "seed too large": ([f"--seed={2**63}"], ["--seed", "below 2**63"]),
+    "learning rates swapped": (["--min_lr=1"], ["--min_lr 1.0", "--learning_rate"]),
     "window too long": (["--block_size=100000000"], ["--block_size"]),
     "no such device": (["--device=mps"], ["mps", "--device auto"]),
     "no such config": (["config/absent.py"], ["config/absent.py", "not found"]),
@@ -279,7 +280,9 @@ def test_wrong_flags(case, sample_data, tmp_path):
 
 def test_wrong_config_files(sample_data, tmp_path):
     for text, words in (("reweight = 'linupper'\nr = = 1\n", ["line 2"]), ("learning_rat = 1\n", ["--learning_rat"]),
-                        ("r = 'high'\n", ["--r", "high"]), ("r = 1 / 0\n", ["ZeroDivisionError"])):
+                        ("r = 'high'\n", ["--r", "high"]), ("r = 1 / 0\n", ["ZeroDivisionError"]),
+                        ("out_dir = None\n", ["out_dir = None", "must be a string"]),
+                        ("data_dir = ['a']\n", ["data_dir = ['a']"]), ("exit()\n", ["SystemExit"])):
         config = write(tmp_path / "mine.py", text)
         expect_error(run(sample_data, tmp_path / "run", config), str(config), *words)
 
@@ -292,7 +295,13 @@ def test_wrong_data(tmp_path):
         expect_error(run(tmp_path / "d", tmp_path / "run", f"--mixture={mixture}"), *words)
     fails("'uniform' asks for book, cc, github", "it has: arxiv, c4", mixture="uniform")
     shard = tmp_path / "d" / "c4" / "val_00000.npy"
-    shard.write_bytes(shard.read_bytes()[:-1])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + b"\xff" * 40 + whole[240:])  # as long as it was
+    fails("c4/val_00000.npy was changed", "below 257")
+    shard.write_bytes(b"\0" * 40 + whole[40:])
+    fails("c4/val_00000.npy cannot be read")
+    shutil.rmtree(tmp_path / "run")
+    shard.write_bytes(whole[:-1])
     fails("c4/val_00000.npy has 527 bytes, the manifest says 528")
     shard.unlink()
     fails("c4/val_00000.npy is missing")
@@ -314,6 +323,43 @@ def test_checkpoint_of_another_run(unbroken, sample_data, tmp_path):
     expect_error(run(sample_data, unbroken, *TWELVE, "--resume=never"), "already holds a run")
     expect_error(run(sample_data, unbroken, *TWELVE, "--max_steps=6"), "past --max_steps 6")
     expect_error(command("eval/perplexity.py", "--run", tmp_path), "no checkpoint")
+    expect_error(run(sample_data, "/dev/null", *TWELVE), "/dev/null")
+
+
+def test_a_run_stopped_before_its_first_checkpoint(sample_data, tmp_path):
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = (sample_data, tmp_path / "run", "--max_steps=2")
+    expect_error(run(*again, "--seed=7"), "another run", "seed 42 there, 7 here")
+    expect_error(run(*again, "--resume=never"), "already holds a run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2"))
+
+
+def test_micro_scope_keeps_who_is_weighted_with_whom(sample_data, tmp_path):
+    flags = ("--reweight=linupper", "--reweight_scope=micro")
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2", "--micro_batch_size=4", *flags))
+    expect_error(run(sample_data, tmp_path / "run", "--max_steps=4", "--micro_batch_size=2", *flags),
+                 "samples weighted together 4 there, 2 here")
+    done = run(sample_data, tmp_path / "run", "--max_steps=4", "--micro_batch_size=2", *flags, ranks=2)
+    assert "--max_steps was 2" in expect_ok(done)
+
+
+def test_damaged_checkpoints(unbroken, sample_data, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_00000012"
+    shutil.copytree(folder, folder.with_name("step_00000012_backup"))  # a user's copy is no checkpoint of ours
+    assert checkpoint.steps(tmp_path / "run") == [8, 12]
+    content = (folder / "model.pt").read_bytes()
+    for damaged in (content[:5000], b"", b"\x80garbage"):
+        (folder / "model.pt").write_bytes(damaged)
+        expect_error(command("eval/perplexity.py", "--run", tmp_path / "run"), "model.pt is damaged", "remove")
+    (folder / "model.pt").unlink()
+    expect_error(run(sample_data, tmp_path / "run", *TWELVE, "--max_steps=14"), "model.pt is missing")
+    for text in ("", "{", "[]", "{}"):
+        (folder / "state.json").write_text(text)
+        expect_error(run(sample_data, tmp_path / "run", *TWELVE), "state.json")
 
 
 def test_checkpoint_of_another_model(unbroken):
@@ -323,15 +369,13 @@ def test_checkpoint_of_another_model(unbroken):
 
 
 def test_checkpoints_run_no_code(unbroken, tmp_path):
-    import pickle
-    import shutil
     shutil.copytree(checkpoint.find_latest(unbroken), tmp_path / "c")
 
     class Evil:
         def __reduce__(self):
             return (write, (tmp_path / "owned", ""))
     torch.save({"wte.weight": Evil()}, tmp_path / "c" / "model.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(checkpoint.UserError, match="more than tensors"):
         checkpoint.load_model(tmp_path / "c")
     assert not (tmp_path / "owned").exists()
 
