@@ -24,13 +24,17 @@ def nearest(name: str, allowed) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function; a UserError becomes one line and exit code 2. Under torchrun rank 0 prints."""
+    """Run a script's main function; a UserError becomes one line and exit code 2, also under torchrun.
+
+    torchrun ends all processes soon after one has ended. So rank 0 speaks at once, and another rank only if it is
+    still there after three seconds: then the mistake was seen by that rank alone.
+    """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also where a progress bar is drawn
-            sys.stderr.flush()
-        else:
-            time.sleep(1)  # torchrun ends all processes when one has ended: rank 0 must have printed by then
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            time.sleep(3)
+        where = f" (rank {rank})" if rank != "0" else ""
+        tqdm.write(f"error{where}: {error}", file=sys.stderr)  # on a line of its own, also where a bar is drawn
+        sys.stderr.flush()
         sys.exit(2)

@@ -72,14 +72,10 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
 
 
 def track_domain_losses(state: Tensor, losses: Tensor, domain: Tensor) -> Tensor:
-    """(2, D) decayed sums of losses and of counts, (N,) losses, (N,) domain index -> the state after this step.
-
-    A step with a non-finite loss leaves the state as it was. A matrix product, since index_add has no fixed order on
-    a GPU and every rank must get the same bits.
-    """
+    """(2, D) decayed sums of losses and of counts, (N,) losses, (N,) domain index -> the state after this step."""
+    # A matrix product: index_add has no fixed order on a GPU, and every rank must get the same bits.
     one_hot = F.one_hot(domain, state.size(1)).to(losses.dtype)  # (N, D)
-    new = DOMAIN_DECAY * state + torch.stack([losses, torch.ones_like(losses)]) @ one_hot
-    return torch.where(losses.isfinite().all(), new, state)
+    return DOMAIN_DECAY * state + torch.stack([losses, torch.ones_like(losses)]) @ one_hot
 
 
 def domain_means(state: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 train.py config/gpt2_124m_linupper.py            # a node
     python train.py config/gpt2_124m_linupper.py --dry_run                       # says what it would do
 
-Arguments are config files (their assignments) and flags; later ones win. A second start of the same command continues.
+Arguments are config files (their assignments) and flags; later files win over earlier ones, flags over files. A second
+start of the same command continues.
 """
 
 import math
@@ -328,7 +329,8 @@ def main() -> None:
             expected = domain_means(tracked)[domain[rank * len(x):(rank + 1) * len(x)]]
         losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config, expected)
         if config.reweight_norm == "domain":
-            tracked = track_domain_losses(tracked, distributed.gather(losses), domain)
+            after = track_domain_losses(tracked, distributed.gather(losses), domain)
+            tracked = torch.where(grad_norm.isfinite(), after, tracked)  # a skipped step changes nothing
         done = step + 1
         telemetry.add(done, pairs, losses, weights, grad_norm)
         if done % config.log_interval == 0 or done % config.checkpoint_interval == 0 or done == config.max_steps:
