@@ -11,7 +11,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Split:
         return tokens
 
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The labels (meta.kind) that documents of this split carry; empty for most data."""
         return tuple(sorted({name for infos in self.infos for info in infos for name in info.get("kinds", []) if name}))
@@ -138,6 +138,8 @@ def check_shard(path: Path, info: dict) -> None:
     if path.stat().st_size != info["file_bytes"]:
         raise UserError(f"shard {path} has {path.stat().st_size:,} bytes, the manifest says {info['file_bytes']:,}: "
                         "it was cut short or changed; prepare the data again or restore the file")
+    if "kinds" in info and not kinds_path(path).is_file():
+        raise UserError(f"{kinds_path(path)} is missing; prepare the data again or restore the file")
 
 
 def open_shard(path: Path) -> np.ndarray:

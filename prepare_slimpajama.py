@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sample_corpus
 import tokenizer as tokenizers
-from checkpoint import write_text
+from checkpoint import write_bytes, write_text
 from configurator import Parser
 from data import DOMAINS, SCHEMA, SET_NAMES, kinds_path, read_manifest
 from errors import UserError, nearest, run
@@ -87,7 +87,9 @@ class ShardWriter:
         if kinds := sorted({kind for _, kind in self.runs} - {""}):  # no index where no document has a label
             names = [*kinds, ""]
             index = np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64)
-            np.save(kinds_path(path), index)
+            content = io.BytesIO()
+            np.save(content, index)
+            write_bytes(kinds_path(path), content.getvalue())
             self.shards[-1]["kinds"] = names
         self.file = None
 

@@ -24,14 +24,20 @@ STRATEGIES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "upper": lambda h, delta: (h + delta) / 2,                          # high losses linearly more
 }
 
+def trimmed_range(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) -> the lowest and the highest loss without a tenth of the samples, but at least one, at each end."""
+    k = min(-(-len(losses) // 10), (len(losses) - 2) // 2) if len(losses) > 1 else 0
+    ordered = losses.sort().values
+    return ordered[k], ordered[-1 - k]
+
+
 # name -> (l_min, l_max) of (N,) losses; a loss beyond them is clipped
 NORMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "minmax": lambda losses: (losses.min(), losses.max()),              # as published; hangs on two samples
-    "quantile": lambda losses: tuple(torch.quantile(losses, torch.tensor([0.1, 0.9], device=losses.device))),
-    # "domain" in train.py: minmax of each loss minus its domain's running mean (track_domain_losses)
-    "domain": lambda losses: (losses.min(), losses.max()),
+    "quantile": trimmed_range,                                          # no single sample can squeeze the others
+    "domain": lambda losses: (losses.min(), losses.max()),              # of losses minus their domain's (train.py)
 }
-DOMAIN_DECAY = 0.95  # of the running means, per step
+DOMAIN_DECAY = 0.95  # of a domain's running mean loss, per step
 
 
 def normalize_losses(losses: Tensor, delta: float = 1.0, norm: str = "minmax") -> Tensor:
@@ -73,11 +79,13 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
 
 def track_domain_losses(state: Tensor, losses: Tensor, domain: Tensor) -> Tensor:
     """(2, D) decayed sums of losses and of counts, (N,) losses, (N,) domain index -> the state after this step."""
-    # A matrix product: index_add has no fixed order on a GPU, and every rank must get the same bits.
+    # Sums in a fixed order and in float32 on every device, so that all ranks and a resumed run have the same bits:
+    # index_add has no order on a GPU, and a matrix product would round the losses to TF32.
     one_hot = F.one_hot(domain, state.size(1)).to(losses.dtype)  # (N, D)
-    return DOMAIN_DECAY * state + torch.stack([losses, torch.ones_like(losses)]) @ one_hot
+    return DOMAIN_DECAY * state + torch.stack([(losses[:, None] * one_hot).sum(0), one_hot.sum(0)])
 
 
 def domain_means(state: Tensor) -> Tensor:
-    """(2, D) state of track_domain_losses -> (D,) running mean losses in nats; 0 where nothing was seen."""
-    return state[0] / state[1].clamp(min=1e-12)
+    """(2, D) state of track_domain_losses -> (D,) running mean losses in nats; the mean of all for an unseen domain."""
+    losses, counts = state
+    return torch.where(counts > 1e-9, losses / counts.clamp(min=1e-9), losses.sum() / counts.sum().clamp(min=1e-9))

@@ -74,7 +74,7 @@ class Telemetry:
             file.write(rows.tobytes())
 
     def histograms(self) -> dict:
-        """Of the losses (nats) and of the weights (times G) since the last call; {} if there was no step."""
+        """Of the losses (nats) and weights (times G) since the last call, or since this process began; {}: no step."""
         if not self.seen:
             return {}
         losses, weights = np.concatenate(self.seen, axis=1)

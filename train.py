@@ -146,7 +146,7 @@ def r_at(step: int, config: TrainConfig) -> float:
     """Temperature of a step's weights: r, or on the way from r_start to r."""
     if not config.r_start:
         return config.r
-    done = min(1.0, (step - config.reweight_warmup_steps) / config.r_steps)
+    done = min(1.0, max(0.0, (step - config.reweight_warmup_steps) / config.r_steps))
     if config.r_schedule == "cosine":
         done = 0.5 - 0.5 * math.cos(math.pi * done)
     return config.r_start + (config.r - config.r_start) * done
@@ -242,13 +242,17 @@ def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, t
     epochs = ", ".join(f"{d} {p[i]:.3f} x {config.max_steps * config.global_batch_size / train.n_windows[i]:.2f}"
                        for i, d in enumerate(train.domains) if p[i])
     second_pass = A > 1 and config.reweight != "uniform" and config.reweight_scope == "global"
-    return (f"model      {config.model}: {n:,} parameters, vocabulary {gpt.vocab_size}, {16 * n / 1e9:.2f} GB per rank "
+    gigabytes = 16 * n / 1e9 / (W if config.parallel == "fsdp" else 1)
+    way = f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)" if config.r_start else ""
+    return (f"model      {config.model}: {n:,} parameters, vocabulary {gpt.vocab_size}, {gigabytes:.2f} GB per rank "
             f"for weights, gradients and AdamW (activations come on top)\n"
             f"batch      {config.global_batch_size} sequences x {config.block_size} tokens = {tokens:,} tokens a step: "
-            f"{W} ranks x {A} micro-steps x {config.micro_batch_size} sequences\n"
+            f"{W} ranks ({config.parallel}) x {A} micro-steps x {config.micro_batch_size} sequences\n"
             f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, {config.device}, "
             f"{config.dtype}, compile {config.compile}, in {config.out_dir}\n"
-            f"reweight   {config.reweight}, r {config.r}, after {config.reweight_warmup_steps:,} uniform steps" +
+            f"reweight   {config.reweight}, r {config.r}{way}, {config.reweight_norm}, "
+            f"{f'at most {config.max_weight} / G, ' if config.max_weight else ''}"
+            f"after {config.reweight_warmup_steps:,} uniform steps" +
             (", with a first pass for the losses (about a third more compute)" if second_pass else "") +
             f"\nmixture    {config.mixture} (probability x windows drawn / windows there): {epochs}")
 
@@ -311,7 +315,7 @@ def main() -> None:
     stream, logged_step, logged_time = batches(train, sampler, config, start), start, time.perf_counter()
     for step in range(start, config.max_steps + 1):  # one round more than steps, so that the last one is evaluated too
         began, last = time.perf_counter(), step == config.max_steps
-        if (last or step % config.eval_interval == 0) and not (resumed and step == start):
+        if (last or step % config.eval_interval == 0) and not (step == start > 0):
             record = evaluate(raw, val, val_windows, config.micro_batch_size, config.dtype)
             log({"kind": "eval", "step": step, **record})
             if histograms := telemetry.histograms():
@@ -324,8 +328,9 @@ def main() -> None:
 
         x, y, pairs = next(stream)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (n, T)
-        domain, expected = torch.from_numpy(pairs[:, 0].copy()).to(device, non_blocking=True), None  # (G,)
+        expected = None
         if config.reweight_norm == "domain":
+            domain = torch.from_numpy(pairs[:, 0].copy()).to(device, non_blocking=True)  # (G,)
             expected = domain_means(tracked)[domain[rank * len(x):(rank + 1) * len(x)]]
         losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config, expected)
         if config.reweight_norm == "domain":

@@ -40,7 +40,7 @@ def pyplot():
 
 
 def style(i: int) -> dict:
-    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 7]}
+    return {"color": COLOURS[i % 7], "linestyle": LINES[(i + i // 7) % 7]}  # the first 49 differ
 
 
 def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path:

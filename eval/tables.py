@@ -23,11 +23,13 @@ from checkpoint import read_json
 from configurator import Parser
 from data import DOMAINS
 from errors import UserError, run
+from eval.perplexity import perplexity
 
 MISSING = "missing"
 # Keys of config.json that say where and how a run was made, not what it measures.
-NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "resume", "dry_run", "log_interval",
-                "checkpoint_interval", "keep_checkpoints", "record_samples", "max_skipped_steps", "wandb", "identity"}
+NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "identity", "resume", "dry_run", "wandb",
+                "log_interval", "eval_interval", "eval_windows", "checkpoint_interval", "keep_checkpoints", "device",
+                "record_samples", "max_skipped_steps", "compile", "parallel", "micro_batch_size", "world_size"}
 NOT_OF_UNIFORM = {"r", "r_start", "r_steps", "r_schedule", "delta", "reweight_norm", "max_weight", "reweight_scope",
                   "reweight_warmup_steps"}  # without effect there
 
@@ -73,7 +75,8 @@ def columns(configs: list[dict]) -> list[tuple[str, list[int]]]:
     """(name, runs) of each column: runs that differ in nothing but the seed share one."""
     grouped: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
-        key = {k: v for k, v in config.items() if k == "reweight" or k not in NOT_IN_NAMES | {"seed"}}
+        left_out = NOT_IN_NAMES | {"seed"} | (NOT_OF_UNIFORM if config["reweight"] == "uniform" else set())
+        key = {k: v for k, v in config.items() if k == "reweight" or k not in left_out}
         grouped.setdefault(json.dumps(key, sort_keys=True), []).append(i)
     for runs in grouped.values():  # the same seed twice: both were meant to be seen
         if len({configs[i].get("seed") for i in runs}) < len(runs):
@@ -101,7 +104,7 @@ def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[flo
     if metric == "bits_per_byte":
         rows.append(("average bits per byte", [fmean(v[metric] for v in d.values()) if d else None for d in domains]))
     else:
-        label, mean = ("exp(average loss)", math.exp) if metric == "ppl" else ("average loss", float)
+        label, mean = ("exp(average loss)", perplexity) if metric == "ppl" else ("average loss", float)
         rows.append((label, [mean(r["mean_loss"]) if r else None for r in results]))
     rows.append(("worst domain", [d[name][metric] if d else None for d, name in zip(domains, worst, strict=True)]))
     return [*rows, ("which one", worst)]
@@ -114,7 +117,7 @@ def cell(values: list[float | str | None], digits: int, sign: str = "") -> str:
         return MISSING
     if isinstance(held[0], str):
         return ", ".join(dict.fromkeys(held))
-    spread = f" ± {stdev(held):.{digits}f}" if len(held) > 1 else ""
+    spread = f" ± {stdev(held) if all(map(math.isfinite, held)) else math.nan:.{digits}f}" if len(held) > 1 else ""
     short = f" ({len(held)} of {len(values)} runs)" if len(held) < len(values) else ""
     return f"{fmean(held):{sign}.{digits}f}{spread}{short}"
 

@@ -10,6 +10,7 @@ machine disturb less. Random tokens, no dropout, no accumulation.
 """
 
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def main() -> None:
     optimizer = train.make_optimizer(raw, config)
     tokens = torch.randint(args.vocab_size, (n, T + 1), device=device)
     pairs = np.stack([np.arange(G) % len(DOMAINS), np.arange(G)], axis=1)
-    telemetry = Telemetry(SimpleNamespace(domains=DOMAINS, kinds=()), ".", 0, 0)
+    telemetry = Telemetry(SimpleNamespace(domains=DOMAINS, kinds=()), tempfile.mkdtemp(), 0, 0)
 
     def block(variant: str, model: torch.nn.Module) -> tuple[float, float]:
         """Wall and processor seconds of log_interval steps."""

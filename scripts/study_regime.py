@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Parser
-from data import DOMAINS
+from data import DOMAINS, read_manifest
 from errors import UserError, run
 from eval.plots import COLOURS, pyplot
 from metrics import read_lines
@@ -57,7 +57,7 @@ VARIED = {  # panel -> the points along it
     "normalisation, T = 256": [replace(BASE, T=256, norm=norm) for norm in ("minmax", "domain")],
     "seed": [replace(BASE, seed=seed) for seed in (42, 43)],
 }
-LABELS = {"T (tokens per sequence)": "T", "G (sequences per step)": "G", "r (temperature)": "r", "seed": "seed"}
+LABELS = {"T (tokens per sequence)": "T", "G (sequences per step)": "G", "r (temperature)": "r"}
 
 
 def train(point: Point, data_dir: str, steps: int, to: Path) -> list[dict]:
@@ -140,10 +140,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of every run (default: 1000)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()
+    if args.steps < 40 or args.jobs < 1:
+        raise UserError(f"--steps {args.steps} --jobs {args.jobs}: at least 40 steps and 1 job")
+    tokenizer = read_manifest(args.data_dir)["tokenizer"]["name"]
+    if tokenizer != "bytes":
+        raise UserError(f"--data_dir {args.data_dir} has tokenizer {tokenizer}; prepare it with --tokenizer bytes")
     points = dict.fromkeys(p for row in VARIED.values() for q in row for p in (q.uniform(), q))
     longest_first = sorted(points, key=lambda p: -p.T * p.G)
     to = args.to.resolve()
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; give a folder that can be made") from None
     with ThreadPoolExecutor(args.jobs) as pool:
         records = pool.map(lambda p: train(p, str(Path(args.data_dir).resolve()), args.steps, to), longest_first)
         results = dict(zip(longest_first, records, strict=True))

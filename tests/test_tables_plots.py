@@ -83,6 +83,20 @@ def test_an_older_checkpoint_is_told(runs, tmp_path):
     assert "evaluated_at_step=9" in expect_ok(done) and "evaluated at step 9 of 20" in done.stderr
 
 
+def test_what_is_no_setting_splits_no_column(tmp_path):
+    a, b = (make_run(tmp_path / f"u{i}", [1.0] * 7, seed=i, r=i / 10, eval_interval=i) for i in (1, 2))
+    head, _, first, *_ = expect_ok(command("eval/tables.py", a, b)).splitlines()
+    assert head.split()[1:] == ["domain", "|", "uniform", "|"] and "± 0.000" in first
+
+
+def test_a_diverged_run_is_shown_as_it_is(tmp_path):
+    runs = [make_run(tmp_path / f"d{i}", [700.0 + i] * 7, seed=i) for i in (1, 2)]
+    for run in runs:
+        path = run / "eval" / "perplexity.json"
+        path.write_text(path.read_text().replace('"mean_loss": 70', '"mean_loss": 90'))
+    assert "inf ± nan" in expect_ok(command("eval/tables.py", *runs))
+
+
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     other = make_run(tmp_path / "c", [1.0] * 7, val_hash="other")
     expect_error(command("eval/tables.py", runs[0], other), str(runs[0]), str(other), "cannot be compared")
