@@ -241,20 +241,22 @@ def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, t
     p = np.diff(sampler.cumulative, prepend=0)
     epochs = ", ".join(f"{d} {p[i]:.3f} x {config.max_steps * config.global_batch_size / train.n_windows[i]:.2f}"
                        for i, d in enumerate(train.domains) if p[i])
-    second_pass = A > 1 and config.reweight != "uniform" and config.reweight_scope == "global"
     gigabytes = 16 * n / 1e9 / (W if config.parallel == "fsdp" else 1)
-    way = f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)" if config.r_start else ""
+    weights = [config.reweight]
+    if config.reweight != "uniform":
+        way = f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)" if config.r_start else ""
+        weights += [f"r {config.r}{way}", config.reweight_norm, f"after {config.reweight_warmup_steps:,} uniform steps"]
+        weights += [f"at most {config.max_weight} / G"] if config.max_weight else []
+        if A > 1 and config.reweight_scope == "global":
+            weights.append("with a first pass for the losses (about a third more compute)")
     return (f"model      {config.model}: {n:,} parameters, vocabulary {gpt.vocab_size}, {gigabytes:.2f} GB per rank "
             f"for weights, gradients and AdamW (activations come on top)\n"
             f"batch      {config.global_batch_size} sequences x {config.block_size} tokens = {tokens:,} tokens a step: "
             f"{W} ranks ({config.parallel}) x {A} micro-steps x {config.micro_batch_size} sequences\n"
             f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, {config.device}, "
             f"{config.dtype}, compile {config.compile}, in {config.out_dir}\n"
-            f"reweight   {config.reweight}, r {config.r}{way}, {config.reweight_norm}, "
-            f"{f'at most {config.max_weight} / G, ' if config.max_weight else ''}"
-            f"after {config.reweight_warmup_steps:,} uniform steps" +
-            (", with a first pass for the losses (about a third more compute)" if second_pass else "") +
-            f"\nmixture    {config.mixture} (probability x windows drawn / windows there): {epochs}")
+            f"reweight   {', '.join(weights)}\n"
+            f"mixture    {config.mixture} (probability x windows drawn / windows there): {epochs}")
 
 
 def main() -> None:
