@@ -48,8 +48,8 @@ class TrainConfig:
     reweight: Literal[tuple(STRATEGIES)] = "uniform"  # strategy, an entry of STRATEGIES in reweight.py
     r: float = 0.4  # temperature of the weights; large: towards the plain mean
     r_start: float = 0.0  # 0: r is constant; else r goes from here to r over r_steps, after the uniform steps
-    r_steps: int = 0  # steps
-    r_schedule: Literal["linear", "cosine"] = "linear"  # how it goes
+    r_steps: int = 0  # steps from r_start to r
+    r_schedule: Literal["linear", "cosine"] = "linear"  # way from r_start to r
     delta: float = 1.0  # normalised losses lie in [-delta, delta]
     reweight_norm: Literal[tuple(NORMS)] = "minmax"  # what a loss is compared with, an entry of NORMS in reweight.py
     max_weight: float = 0.0  # largest weight of a sample, times the batch; at least 1; 0: no cap
@@ -66,7 +66,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    max_skipped_steps: int = 20  # stop after so many in a row; skipped: loss or gradient not finite
+    max_skipped_steps: int = 20  # stop after so many in a row; a step is skipped if loss or gradient is not finite
     # evaluation, checkpoints, logs
     eval_interval: int = 500  # steps
     eval_windows: int = 256  # fixed validation windows per domain
