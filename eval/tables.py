@@ -10,14 +10,15 @@ run with the uniform run of the same seed and settings. Reads RUN/config.json an
 import csv
 import io
 import json
-import math
 import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
 
 from checkpoint import read_json
 from configurator import Parser
@@ -117,7 +118,8 @@ def cell(values: list[float | str | None], digits: int, sign: str = "") -> str:
         return MISSING
     if isinstance(held[0], str):
         return ", ".join(dict.fromkeys(held))
-    spread = f" ± {stdev(held) if all(map(math.isfinite, held)) else math.nan:.{digits}f}" if len(held) > 1 else ""
+    with np.errstate(all="ignore"):  # a diverged run's perplexity may be inf
+        spread = f" ± {np.std(held, ddof=1):.{digits}f}" if len(held) > 1 else ""
     short = f" ({len(held)} of {len(values)} runs)" if len(held) < len(values) else ""
     return f"{fmean(held):{sign}.{digits}f}{spread}{short}"
 
