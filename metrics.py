@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ class Metrics:
             self.wandb.finish()
 
 
+@cache  # every checkpoint asks
 def versions() -> dict:
     """What a result depends on besides the config."""
     try:

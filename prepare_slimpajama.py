@@ -109,7 +109,9 @@ def npy_header(n: int) -> bytes:
 
 def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
     """(file, split by its name or a folder's, or None) of files, folders and glob patterns, in a fixed order."""
-    found = {}
+    # The same file once, however it is spelled; links are not followed: the hub's cache links names to hashes.
+    found: dict[Path, Path] = {}
+    tops = []  # the given folders; of a file: its own
     for item in inputs:
         roots = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
         if not roots:
@@ -119,16 +121,18 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
             paths = [p for p in paths if p.name.endswith(SUFFIXES)]
             if not paths and root == Path(item):
                 raise UserError(f"--input {item}: no {', '.join(SUFFIXES)} there")
-            # A name tells the split from the file up to the first folder that the user typed: those above it, where
-            # the corpus happens to lie, say nothing.
-            above = Path(root.anchor) if root.is_absolute() else Path()
-            for path in paths:
-                folders = [SPLIT_NAMES.get(p.name.lower()) for p in path.parents if p != above]
-                split = next((s for s in (split_of(path.name), *folders) if s), None)
-                found[path.resolve()] = (path, split)  # the same file once, however it is spelled
+            found |= {Path(os.path.abspath(path)): path for path in paths}
+            tops.append(os.path.abspath(root.parent if root.is_file() else root))
     if not found:
         raise UserError(f"--input {' '.join(inputs)}: no {', '.join(SUFFIXES)} there")
-    return list(found.values())
+    # A name tells the split from the file up to the folder that holds all inputs. Those above it say where the corpus
+    # happens to lie, as /dev/shm does.
+    top = Path(os.path.commonpath(tops))
+    files = []
+    for whole, path in found.items():
+        folders = [SPLIT_NAMES.get(p.name.lower()) for p in whole.parents if p == top or top in p.parents]
+        files.append((path, next((split for split in (split_of(path.name), *folders) if split), None)))
+    return files
 
 
 def split_of(name: str) -> str | None:

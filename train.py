@@ -308,7 +308,7 @@ def main() -> None:
         tensors = distributed.get_state(raw, optimizer)
         if rank == 0:
             checkpoint.save(out_dir, step, tensors, {
-                "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this, "dtype": config.dtype,
+                "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this,
                 "data_dir": config.data_dir, "tokenizer_sha256": manifest["tokenizer"]["sha256"],
                 "domain_losses": tracked.tolist(), "versions": versions(),
             }, config.keep_checkpoints)

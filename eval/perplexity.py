@@ -129,7 +129,7 @@ def main() -> None:
     pairs = validation_windows(split, None)
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.load_model(folder).to(device)
-    dtype = state["dtype"] if device.type == "cuda" else "float32"
+    dtype = state["identity"]["dtype"] if device.type == "cuda" else "float32"
     record = {"step": state["step"], **evaluate(model, split, pairs, args.batch_size, dtype)}
     if distributed.ranks().rank == 0:
         (run_dir / "eval").mkdir(exist_ok=True)

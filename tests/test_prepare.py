@@ -101,6 +101,24 @@ def test_splits_of_globs_and_folders_count(tmp_path):
         assert data.read_manifest(tmp_path / str(i))["domains"] == data.read_manifest(tmp_path / "whole")["domains"]
 
 
+def test_links_count_by_their_own_names(tmp_path):
+    """As in the hub's cache, where names are links to files called by their hashes."""
+    blob = write(tmp_path / "blobs" / "0.jsonl")
+    for split in ("train", "validation"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        (tmp_path / "in" / split / "0.jsonl").symlink_to(blob)
+    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in"))
+    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
+
+
+def test_folders_above_the_inputs_tell_nothing(tmp_path):
+    """A corpus that lies somewhere below a folder called dev or test is not a validation split."""
+    write(tmp_path / "dev" / "corpus" / "0.jsonl", RECORDS * 40)
+    text = expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "dev" / "corpus" / "0.jsonl"))
+    assert "1 of 1 files" in text and "by a hash" in text
+    assert "train" in data.read_manifest(tmp_path / "out")["domains"]["c4"]
+
+
 def test_other_files_in_out_are_left_alone(tmp_path):
     write(tmp_path / "train.jsonl")
     mine = tmp_path / "out" / "book" / "my_features.npy"
