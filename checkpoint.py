@@ -16,22 +16,8 @@ import torch
 
 from distributed import print0
 from errors import UserError
+from files import sync, write_text
 from model import GPT, GPTConfig
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or absent (temporary name, fsync, rename)."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """write_bytes of a text."""
-    write_bytes(path, text.encode())
 
 
 def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int) -> Path:
@@ -47,22 +33,14 @@ def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep
     torch.save(tensors[1], temporary / "optimizer.pt")
     write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1))
     for path in (temporary / "model.pt", temporary / "optimizer.pt", temporary):
-        _sync(path)
+        sync(path)
     if folder.exists():  # the same step again, after a resume
         shutil.rmtree(folder)
     os.replace(temporary, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     for old in steps(out_dir)[:-keep]:
         shutil.rmtree(checkpoint_folder(out_dir, old))
     return folder
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_folder(out_dir: Path, step: int) -> Path:

@@ -6,30 +6,21 @@ tokens i*T to i*T+T inclusive: T inputs and T targets, so that each token is a t
 T tokens of a window, G windows of the global batch, D domains of the data folder.
 """
 
-import hashlib
-import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
-
-SCHEMA = 1  # version of manifest.json
-
-# SlimPajama's meta.redpajama_set_name -> our name, in the order of the published weight lists
-SET_NAMES = {
-    "RedPajamaArXiv": "arxiv", "RedPajamaBook": "book", "RedPajamaCommonCrawl": "cc", "RedPajamaC4": "c4",
-    "RedPajamaGithub": "github", "RedPajamaStackExchange": "stackexchange", "RedPajamaWikipedia": "wikipedia",
-}
-DOMAINS = tuple(SET_NAMES.values())
+from manifest import DOMAINS, in_order, kinds_path
 
 # name -> probability of each domain, any scale; a domain left out is not trained on. "natural": by training tokens.
 MIXTURES: dict[str, dict[str, float] | None] = {
@@ -43,38 +34,14 @@ MIXTURES: dict[str, dict[str, float] | None] = {
 }
 
 
-def read_manifest(data_dir: str | Path) -> dict:
-    """DATA/manifest.json, which is written last: where there is none, the data is absent or not complete."""
-    path = Path(data_dir) / "manifest.json"
-    if not data_dir or not Path(data_dir).is_dir():
-        raise UserError(f"data folder {str(data_dir)!r} not found; make it with: python prepare_slimpajama.py "
-                        f"--source sample --out {data_dir}")
-    if not path.is_file():
-        raise UserError(f"{path} is missing, so the preparation of {data_dir} did not finish; run it again")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the data again") from None
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema}, this code reads {SCHEMA}; prepare the data again")
-    return manifest
-
-
-def data_hash(manifest: dict) -> str:
-    """A fingerprint of all tokens: tokenizer and sha256 of every shard."""
-    content = [manifest["tokenizer"]["sha256"], [(domain, split, [shard["sha256"] for shard in shards])
-               for domain, splits in sorted(manifest["domains"].items()) for split, shards in sorted(splits.items())]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 class Split:
     """The windows of one split ("train" or "val") of a data folder; opened lazily, checked for size at once."""
 
     def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
         self.block_size = block_size
-        shards = {d: manifest["domains"].get(d, {}).get(split, []) for d in DOMAINS}
-        self.domains = tuple(d for d in DOMAINS if shards[d])
+        shards = {d: splits[split] for d, splits in manifest["domains"].items() if splits.get(split)}
+        self.domains = in_order(shards)
+        self.held_out = manifest["source"].get("holdout", [])  # domains that were prepared for validation only
         self.tokens = {d: sum(s["tokens"] for s in shards[d]) for d in self.domains}
         self.bytes = {d: sum(s["bytes"] for s in shards[d]) for d in self.domains}
         self.sha256 = {d: [s["sha256"] for s in shards[d]] for d in self.domains}
@@ -82,7 +49,7 @@ class Split:
         # ends[d][k]: number of windows in the first k + 1 shards of domain d
         self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
         self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
-        self.open = lru_cache(maxsize=None)(open_shard)
+        self.open = lru_cache(maxsize=256)(open_shard)  # no more files open at once than any system allows
         self.n_vocab = manifest["tokenizer"]["n_vocab"]
         self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
         self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
@@ -95,7 +62,9 @@ class Split:
         shard = int(np.searchsorted(self.ends[domain], index, side="right"))
         start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
         path = self.paths[domain][shard]
-        tokens = self.open(path)[start:start + self.block_size + 1]
+        # Not memory-mapped: a process's resident memory would grow with every page it has ever touched.
+        file, header = self.open(path)
+        tokens = np.frombuffer(os.pread(file.fileno(), 2 * (self.block_size + 1), header + 2 * start), dtype="<u2")
         if len(tokens) <= self.block_size or tokens.max() >= self.n_vocab:
             raise UserError(f"shard {path} was changed: tokens {start:,} to {start + self.block_size:,} must be there, "
                             f"each below {self.n_vocab}; prepare the data again or restore the file")
@@ -127,11 +96,6 @@ class Split:
         return np.concatenate(out)
 
 
-def kinds_path(shard: Path) -> Path:
-    """The index beside a shard whose documents carry a label: (R, 2) end and label of each stretch of one label."""
-    return shard.with_suffix(".kinds.npy")
-
-
 def check_shard(path: Path, info: dict) -> None:
     if not path.is_file():
         raise UserError(f"shard {path} is missing; prepare the data again or restore the file")
@@ -142,21 +106,24 @@ def check_shard(path: Path, info: dict) -> None:
         raise UserError(f"{kinds_path(path)} is missing; prepare the data again or restore the file")
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """(n,) uint16 tokens, memory-mapped."""
+def open_shard(path: Path) -> tuple[BinaryIO, int]:
+    """A shard's file and the bytes of its header."""
     try:
-        tokens = np.load(path, mmap_mode="r")
+        file = open(path, "rb", buffering=0)  # closed with the last reference to it
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (OSError, ValueError) as error:
         raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise UserError(f"shard {path} holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16; prepare the "
+    if dtype != np.dtype("<u2") or len(shape) != 1:
+        raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; prepare the "
                         "data again or restore the file")
-    return tokens
+    return file, file.tell()
 
 
 def mixture_weights(name: str, split: Split) -> np.ndarray:
     """(D,) probabilities of the split's domains; UserError if the mixture asks for a domain without windows."""
     weights = MIXTURES[name] if MIXTURES[name] is not None else split.tokens
+    weights = {d: p for d, p in weights.items() if d not in split.held_out}
     full = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
     empty = [d for d in weights if weights[d] > 0 and d not in full]
     if (empty and MIXTURES[name] is not None) or not full:

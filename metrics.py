@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_text
 from errors import UserError
+from files import write_text
 
 
 class Metrics:

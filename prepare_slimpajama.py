@@ -1,224 +1,86 @@
-"""Documents to token shards: one pass, each document to its domain by meta.redpajama_set_name, then manifest.json.
+"""Documents to token shards: each document to its domain by meta.redpajama_set_name, then manifest.json.
 
-    python prepare_slimpajama.py --source files --input SlimPajama-627B --out data/slimpajama
+    python prepare_slimpajama.py --source files --input SlimPajama-627B --out data/slimpajama --workers 16
     python prepare_slimpajama.py --source hub --dataset DKYoon/SlimPajama-6B --out data/slimpajama
     python prepare_slimpajama.py --source sample --tokenizer bytes --out data/sample      # synthetic, in seconds
+    python prepare_slimpajama.py --source files --input fineweb --schema text=text,constant=fineweb --out data/fineweb
+    python prepare_slimpajama.py --verify data/slimpajama                                 # read everything again
 
-Writes OUT/<domain>/{train,val}_00000.npy: the tokens of each document followed by end-of-text, uint16. The manifest
-comes last: where it is, the data is complete. Memory does not grow with the input.
+Writes OUT/<domain>/{train,val}_00000.npy: the tokens of each document followed by end-of-text, uint16. The number is
+that of a unit of the input, so the shards do not depend on --workers, --part or interruptions. The manifest comes last:
+where it is, the data is complete. The same command continues a preparation that was stopped. Several machines:
+--part 1/4 to --part 4/4 into one folder (or folders that are copied into one), then --merge.
 """
 
 import argparse
-import glob
-import hashlib
-import io
 import json
+import multiprocessing
 import os
-import re
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from tqdm import tqdm
 
+import files
 import sample_corpus
 import tokenizer as tokenizers
-from checkpoint import write_bytes, write_text
 from configurator import Parser
-from data import DOMAINS, SCHEMA, SET_NAMES, kinds_path, read_manifest
+from corpus import documents as sources
+from corpus import units
+from corpus.documents import HELD_OUT, SUFFIXES, Segment
+from corpus.shards import verify_shard
 from errors import UserError, nearest, run
+from manifest import DOMAINS, SCHEMA, read_manifest
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-               "dev": "validation", "test": "test"}
-HELD_OUT = 50  # of files whose names tell no split, one document in 50 is for validation, by a hash of its text
-Document = tuple[str | None, str, dict]  # split of the source (None: by hash), where it stands, record
-
-
-class ShardWriter:
-    """One domain's stream of tokens in files of `shard_tokens`; each is renamed into place when it is whole."""
-
-    def __init__(self, out: Path, domain: str, split: str, shard_tokens: int):
-        self.out, self.stem, self.shard_tokens = out, f"{domain}/{split}", shard_tokens
-        self.shards: list[dict] = []
-        self.file = None
-
-    def add(self, ids: np.ndarray, n_bytes: int, kind: str = "") -> None:
-        """Append one document's tokens; it counts to the shard that it ends in. kind: its label, where it has one."""
-        while True:
-            if self.file is None:
-                self._open()
-            part = ids[:self.shard_tokens - self.info["tokens"]]
-            self.file.write(part.tobytes())
-            self.info["tokens"] += len(part)
-            if self.runs and self.runs[-1][1] == kind:
-                self.runs.pop()  # neighbours of one kind are one run
-            self.runs.append((self.info["tokens"], kind))
-            ids = ids[len(part):]
-            if not len(ids):
-                break
-            self._finish()
-        self.info["documents"] += 1
-        self.info["bytes"] += n_bytes
-
-    def _open(self) -> None:
-        name = f"{self.stem}_{len(self.shards):05d}.npy"
-        self.info = {"file": name, "tokens": 0, "documents": 0, "bytes": 0}
-        self.runs: list[tuple[int, str]] = []  # (end, kind) of each stretch of tokens of one kind
-        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.out / f"{name}.tmp", "w+b", buffering=1 << 20)
-        self.file.write(npy_header(0))
-
-    def _finish(self) -> None:
-        self.file.seek(0)
-        self.file.write(npy_header(self.info["tokens"]))
-        self.file.seek(0)
-        digest = hashlib.sha256()
-        while block := self.file.read(1 << 20):
-            digest.update(block)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        path = self.out / self.info["file"]
-        os.replace(f"{path}.tmp", path)
-        self.shards.append({**self.info, "file_bytes": path.stat().st_size, "sha256": digest.hexdigest()})
-        if kinds := sorted({kind for _, kind in self.runs} - {""}):  # no index where no document has a label
-            names = [*kinds, ""]
-            index = np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64)
-            content = io.BytesIO()
-            np.save(content, index)
-            write_bytes(kinds_path(path), content.getvalue())
-            self.shards[-1]["kinds"] = names
-        self.file = None
-
-    def close(self) -> list[dict]:
-        """Finish the last shard; what the manifest says of all of them."""
-        if self.file is not None:
-            self._finish()
-        return self.shards
+MAX_UNITS = 256           # of a small corpus; a large one has units of MAX_UNIT
+MIN_UNIT, MAX_UNIT = 4 << 20, 512 << 20  # bytes on disk
+MAX_SEGMENT = 32 << 20    # bytes on disk
 
 
-def npy_header(n: int) -> bytes:
-    """The header of an npy file with n uint16; NumPy pads it, so its length does not depend on n."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (n,)})
-    return header.getvalue()
-
-
-def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
-    """(file, split by its name or a folder's, or None) of files, folders and glob patterns, in a fixed order."""
-    # The same file once, however it is spelled; links are not followed: the hub's cache links names to hashes.
-    found: dict[Path, Path] = {}
-    tops = []  # the given folders; of a file: its own
-    for item in inputs:
-        roots = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-        if not roots:
-            raise UserError(f"--input {item}: no such file or folder")
-        for root in map(Path, roots):
-            paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-            paths = [p for p in paths if p.name.endswith(SUFFIXES)]
-            if not paths and root == Path(item):
-                raise UserError(f"--input {item}: no {', '.join(SUFFIXES)} there")
-            found |= {Path(os.path.abspath(path)): path for path in paths}
-            tops.append(os.path.abspath(root.parent if root.is_file() else root))
-    if not found:
-        raise UserError(f"--input {' '.join(inputs)}: no {', '.join(SUFFIXES)} there")
-    # A name tells the split from the file up to the folder that holds all inputs. Those above it say where the corpus
-    # happens to lie, as /dev/shm does.
-    top = Path(os.path.commonpath(tops))
-    files = []
-    for whole, path in found.items():
-        folders = [SPLIT_NAMES.get(p.name.lower()) for p in whole.parents if p == top or top in p.parents]
-        files.append((path, next((split for split in (split_of(path.name), *folders) if split), None)))
-    return files
-
-
-def split_of(name: str) -> str | None:
-    """"train", "validation" or "test" where a file's name has such a word."""
-    match = re.search(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", name.lower())
-    return SPLIT_NAMES[match[1]] if match else None
-
-
-def read_files(files: list[tuple[Path, str | None]], bar: tqdm) -> Iterator[Document]:
-    """The documents of all files in order; the bar counts their bytes on disk."""
-    for path, split in files:
-        try:
-            with open(path, "rb") as file:
-                records = read_parquet(path, file) if path.suffix == ".parquet" else read_lines(path, file)
-                position = 0
-                for where, record in records:
-                    yield split, where, record
-                    now = min(file.tell(), path.stat().st_size) if not file.closed else position
-                    bar.update(now - position)
-                    position = now
-            bar.update(path.stat().st_size - position)
-        except PermissionError:
-            raise UserError(f"{path}: no permission to read it") from None
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: damaged or cut short ({error})") from None
-
-
-def read_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each line of a .jsonl, .jsonl.zst or .jsonl.gz file."""
-    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
-    # pyarrow's streams raise at a file that was cut short; zstandard's would end there without a word.
-    lines = io.BufferedReader(pyarrow.CompressedInputStream(file, codec), 1 << 20) if codec else file
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if line.strip():
-                raise UserError(f"{where}: broken JSON ({error})") from None
-
-
-def read_parquet(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each row, a row group at a time."""
-    table = pyarrow.parquet.ParquetFile(file)
-    row = 0
-    for group in range(table.num_row_groups):
-        for batch in table.iter_batches(1024, row_groups=[group]):
-            for record in batch.to_pylist():
-                row += 1
-                yield f"{path}, row {row}", record
-
-
-def read_hub(args: argparse.Namespace, split_map: dict[str, str], bar: tqdm) -> Iterator[Document]:
-    """The documents of a dataset on the Hugging Face hub (or a local folder laid out like one), streamed."""
-    import datasets  # only here: it takes a second to import
-    for source_split in split_map.values():
-        try:
-            stream = datasets.load_dataset(args.dataset, split=source_split, revision=args.revision, streaming=True)
-            for i, record in enumerate(stream):
-                yield source_split, f"{args.dataset} {source_split}, document {i + 1}", record
-                bar.update(len(record.get("text") or ""))
-        except UserError:
-            raise
-        except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise UserError(f"cannot read {args.dataset!r} from the hub ({reason}); download its files elsewhere "
-                            "and use: --source files --input FOLDER") from None
-
-
-def read_sample(seed: int, bar: tqdm) -> Iterator[Document]:
-    """The embedded synthetic corpus."""
-    for i, (split, record) in enumerate(sample_corpus.documents(seed)):
-        yield split, f"sample document {i}", record
-        bar.update(len(record["text"]))
-
-
-def domain_of(record: dict, where: str) -> str:
-    """The domain that a record names; UserError where it names none that we know."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f"{where}: no string called 'text'")
-    meta = record.get("meta")
-    name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    if not isinstance(name, str) or name not in SET_NAMES:
-        raise UserError(f"{where}: unknown domain meta.redpajama_set_name {name!r}{nearest(str(name), SET_NAMES)} "
-                        f"(known: {', '.join(SET_NAMES)}; more are added in data.py)")
-    return SET_NAMES[name]
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--source", choices=("sample", "files", "hub"), help="where the documents come from")
+    add("--input", nargs="+", metavar="PATH", help=f"files: {', '.join(SUFFIXES)}; folders; glob patterns")
+    add("--dataset", default="DKYoon/SlimPajama-6B", help="hub: name, or a folder laid out so (default: %(default)s)")
+    add("--revision", help="hub: branch, tag or commit of the dataset")
+    add("--split", help="our splits from the source's (default: train=train,val=validation; hub: train=train,val=test)")
+    add("--schema", help="another corpus: text=FIELD,domain=FIELD or text=FIELD,constant=DOMAIN; dots lead into nested "
+        "fields (default: text=text,domain=meta.redpajama_set_name)")
+    add("--domains", metavar="A,B", help="only these domains (default: all)")
+    add("--holdout", metavar="A,B", help="domains that are prepared for validation only: out-of-domain evaluation")
+    add("--max_tokens_per_domain", type=int, metavar="N", help="stop each domain's training data before it exceeds N")
+    add("--dedup", action="store_true", help="drop documents whose text an earlier one has; reads the input twice")
+    add("--skip_bad", type=int, default=0, metavar="N",
+        help="leave out up to N broken records (default: stop there)")
+    add("--tokenizer", choices=tokenizers.NAMES, default="gpt2", help="bytes: 257 symbols, for a CPU (default: gpt2)")
+    add("--out", help="folder to write")
+    add("--shard_tokens", type=int, default=100_000_000, help="most tokens per shard (default: %(default)s)")
+    add("--seed", type=int, default=0, help="sample: of the corpus (default: 0)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        help="processes, each with up to 700 MB of memory (default: one for each core, here %(default)s)")
+    add("--part", metavar="K/M", help="prepare the K-th of M parts only; all parts the same --out or copied into one")
+    add("--merge", action="store_true", help="write the manifest of --out, whose parts are all there")
+    add("--overwrite", action="store_true", help="begin anew: delete what is in --out of an earlier preparation")
+    add("--dry_run", action="store_true", help="say what would be read, and estimate tokens, disk and time")
+    add("--verify", metavar="DIR", help="read a prepared folder again: sizes, sha256, tokens, documents, bytes")
+    args = parser.parse_args()
+    if args.verify:
+        return args
+    if not args.out or not (args.source or args.merge):
+        raise UserError(f"{'--source' if args.out else '--out'} is needed (--help lists all flags)")
+    if not args.merge and (args.source == "files") != bool(args.input):
+        raise UserError("--source files needs --input PATH ..., and the other sources take none")
+    for name, least in (("shard_tokens", 1), ("workers", 1), ("skip_bad", 0), ("max_tokens_per_domain", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    args.split = args.split or ("train=train,val=test" if args.source == "hub" else "train=train,val=validation")
+    return args
 
 
 def parse_split_map(text: str) -> dict[str, str]:
@@ -230,28 +92,262 @@ def parse_split_map(text: str) -> dict[str, str]:
     return pairs
 
 
-def tokenize(documents: Iterator[Document], split_map: dict[str, str], encode: Callable[[str], np.ndarray],
-             eot: int, out: Path, shard_tokens: int) -> dict:
-    """Write the shards; the manifest's "domains"."""
-    ours = {source: split for split, source in split_map.items()}
-    writers = {(domain, split): ShardWriter(out, domain, split, shard_tokens)
-               for domain in DOMAINS for split in ("train", "val")}
-    for source_split, where, record in documents:
-        domain, text = domain_of(record, where), record["text"]
-        raw = text.encode("utf-8", "replace")
-        if source_split is None:
-            split = "val" if int.from_bytes(hashlib.sha1(raw).digest()[:4], "big") % HELD_OUT == 0 else "train"
-        else:
-            if source_split not in ours:
+def parse_domains(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
+    """"c4,cc" -> ["c4", "cc"]; UserError for a domain that cannot be there."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{flag} {text}: no domain {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return names
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """"2/4" -> (2, 4); without one (1, 1)."""
+    k, _, m = (text or "1/1").partition("/")
+    if not (k.isdecimal() and m.isdecimal() and 1 <= int(k) <= int(m)):
+        raise UserError(f"--part {text}: expected K/M with K from 1 to M")
+    return int(k), int(m)
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What the shards depend on, beside the inputs and the tokenizer; the manifest's "source"."""
+    parse_split_map(args.split)
+    schema = sources.parse_schema(args.schema)
+    known = (schema.constant,) if schema.constant else DOMAINS
+    source = {"sample": {"seed": args.seed, "note": sample_corpus.NOTE}, "files": {"input": args.input},
+              "hub": {"dataset": args.dataset, "revision": args.revision}}[args.source]
+    domains, holdout = (parse_domains(flag, getattr(args, flag), known) for flag in ("domains", "holdout"))
+    if wrong := [d for d in holdout if domains and d not in domains]:
+        raise UserError(f"--holdout {args.holdout}: {', '.join(wrong)} is not in --domains {args.domains}")
+    if args.max_tokens_per_domain and args.part:
+        raise UserError("--max_tokens_per_domain counts from the first document on, so it takes no --part")
+    return {"source": args.source, **source, "split": args.split, "schema": list(schema), "domains": domains,
+            "holdout": holdout, "max_tokens_per_domain": args.max_tokens_per_domain, "dedup": args.dedup,
+            "shard_tokens": args.shard_tokens}
+
+
+def differences(there: dict, here: dict) -> str:
+    """"shard_tokens 100 there, 200 here" for each setting that is not the same; "" if all are."""
+    return "; ".join(f"{key} {there.get(key)} there, {here.get(key)} here"
+                     for key in {**there, **here} if there.get(key) != here.get(key))
+
+
+def choose_files(inputs: list[str], split_map: dict[str, str]) -> list[tuple[Path, str | None]]:
+    """The files whose split is asked for; says which are left out."""
+    found = sources.find_files(inputs)
+    kept = [(path, split) for path, split in found if split is None or split in split_map.values()]
+    for name in sorted({split for _, split in found if split} - set(split_map.values())):
+        print(f"left out: {sum(split == name for _, split in found)} files of split {name!r} (see --split)")
+    seen = {split for _, split in kept}
+    if unnamed := sum(split is None for _, split in kept):
+        print(f"{unnamed} of {len(kept)} files: no name tells a split; one document in {HELD_OUT} of theirs is for "
+              "validation, by a hash of its text")
+    if None not in seen and (absent := sorted(set(split_map.values()) - seen)):
+        there = ", ".join(sorted({str(split) for _, split in found}))
+        raise UserError(f"no file of split {', '.join(absent)} in --input (there: {there}); choose with "
+                        "--split train=NAME,val=NAME")
+    order = [None, *(split_map[ours] for ours in ("train", "val") if ours in split_map)]
+    return sorted(kept, key=lambda file: order.index(file[1]))
+
+
+def make_units(settings: dict) -> list[list[Segment]]:
+    """The source in segments, and these in units: neighbours of one split, up to a size that depends on the whole."""
+    split_map = parse_split_map(settings["split"])
+    if settings["source"] == "sample":
+        return [[Segment("sample", "sample", 0, None, 0)]]
+    if settings["source"] == "hub":
+        segments = sources.hub_segments(settings["dataset"], settings["revision"],
+                                         [split_map[ours] for ours in ("train", "val") if ours in split_map])
+        most, weight = -(-len(segments) // MAX_UNITS), lambda segment: 1
+    else:
+        found = choose_files(settings["input"], split_map)
+        total = sum(path.stat().st_size for path, _ in found)
+        most, weight = min(max(total // MAX_UNITS, MIN_UNIT), MAX_UNIT), lambda segment: segment.size
+        segments = sources.file_segments(found, min(most, MAX_SEGMENT))
+    made, held = [], 0
+    for segment in segments:
+        if not made or held >= most or made[-1][-1].split != segment.split:
+            made.append([])
+            held = 0
+        made[-1].append(segment)
+        held += weight(segment)
+    return made
+
+
+def estimate(settings: dict, segments: list[Segment], tokenizer: tokenizers.Tokenizer) -> tuple[float, float, float]:
+    """(bytes of text and tokens per byte on disk, bytes of text per second and core) from the begin of 8 segments."""
+    schema, disk, size = sources.Schema(*settings["schema"]), 0, 0
+    texts: list[str] = []
+    for segment in segments[::-(-len(segments) // 8)]:
+        read, position = 0, segment.size
+        for at, _, item in sources.read(settings, segment):
+            try:
+                document = sources.to_document(item, None, schema, {})
+            except sources.BadRecord:
                 continue
-            split = ours[source_split]
-        kind = record["meta"].get("kind")
-        writers[domain, split].add(np.append(encode(text), np.uint16(eot)), len(raw), str(kind or ""))
-    domains = {}
-    for (domain, split), writer in writers.items():
-        if shards := writer.close():
-            domains.setdefault(domain, {})[split] = shards
-    return domains
+            read += len(document.utf8)
+            if read < 1 << 18:
+                texts.append(str(document.utf8[:1 << 18], "utf-8", "ignore"))
+            if read > 2 << 20:
+                position = at
+                break
+        disk, size = disk + position, size + read
+    begin = time.perf_counter()
+    tokens = sum(len(tokenizer.encode_to_numpy(text)) + 1 for text in texts)
+    seconds, sampled = time.perf_counter() - begin, sum(len(text.encode()) for text in texts)
+    return size / max(disk, 1), size / max(disk, 1) * tokens / max(sampled, 1), sampled / max(seconds, 1e-9)
+
+
+def check_disk(out: Path, needed: float) -> None:
+    """UserError where `needed` bytes do not fit."""
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(f"--out {out}: the shards need about {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free "
+                        "there; make room or choose another --out (--max_tokens_per_domain or --domains take less)")
+
+
+def run_units(plan: units.Plan, work: Callable, todo: list[int], workers: int, shared: units.Shared, lock: Path,
+              bar: tqdm, rate: float) -> None:
+    """work(out, unit) for each unit, on several processes; UserError of a worker stops all.
+
+    rate: bytes of shards per byte of input, to see early that the disk will not hold the rest; 0: unknown.
+    """
+    if workers == 1 or len(todo) == 1:  # in this process: a second one would only take time to start
+        pool = ThreadPoolExecutor(1, initializer=units.start_worker, initargs=(shared, None))
+    else:
+        pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn"),
+                                   initializer=units.start_worker, initargs=(shared, lock))
+    begin, checked, start = time.monotonic(), time.monotonic(), bar.n
+    try:
+        pending = {pool.submit(work, plan.out, unit) for unit in todo}
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            n, text, tokens, _ = shared.counters
+            seconds = time.monotonic() - begin
+            bar.set_postfix_str(f"text {text / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f}M tokens/s", False)
+            bar.update(start + n - bar.n)
+            if rate and bar.total and time.monotonic() - checked > 5:
+                checked = time.monotonic()
+                check_disk(plan.out, (bar.total - bar.n) * rate * 0.9)
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, perhaps for lack of memory; run the same command again to go on, with "
+                        "fewer --workers") from None
+    finally:
+        shared.stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(plan: units.Plan, args: argparse.Namespace, part: tuple[int, int], rate: float) -> None:
+    """All units of a part to their end."""
+    k, m = part
+    mine = list(range(k - 1, len(plan.units), m))
+    states = {unit: plan.state(unit) for unit in mine}
+    for path in units.shard_files(plan.out):  # of units that have not begun: of an earlier preparation
+        unit = int(path.name.split("_")[1].split(".")[0])
+        if unit in states and not plan.state_path(unit).exists() or unit >= len(plan.units):
+            path.unlink()
+    context = multiprocessing.get_context("spawn")
+    lock = plan.folder / f"lock_workers_{k}"
+    files.lock(lock, f"{plan.out}: workers of a killed preparation still end", wait=30).close()
+    workers = args.workers
+    if plan.settings["max_tokens_per_domain"] and (args.skip_bad or plan.settings["dedup"]):
+        workers = 1  # what is counted must not depend on how far others have read beyond the limit
+
+    def go(work: Callable, todo: list[int], what: str, total: int, initial: int = 0) -> None:
+        shared = units.Shared(context, args.skip_bad, sum(len(state["bad"]) for state in states.values()))
+        with tqdm(total=total or None, initial=initial, unit="B", unit_scale=True, desc=what) as bar:
+            run_units(plan, work, todo, workers, shared, lock, bar, rate if work is units.work else 0)
+
+    def size(some: list[int]) -> int:
+        return sum(segment.size for unit in some for segment in plan.units[unit])
+
+    if plan.settings["dedup"] and (missing := [u for u in mine if not plan.dropped_path(u).exists()]):
+        rotated = [*mine, *(u for u in range(len(plan.units)) if u not in states)]  # other parts do theirs meanwhile
+        go(units.write_hashes, rotated, "looking for duplicates", size(rotated))
+        units.find_duplicates(plan, set(missing))
+    todo = [unit for unit in mine if not states[unit]["done"]]
+    finished = sum(segment.size for unit in mine for segment in plan.units[unit][:states[unit]["segments"]])
+    what = f"{plan.settings['source']} -> {plan.tokenizer['name']}"
+    if todo:
+        go(units.work, todo, what, size(mine), finished)
+    while (unit := units.first_beyond_limit(plan)) is not None:  # now that those before it are done
+        plan.state_path(unit).unlink()
+        go(units.work, [unit], f"unit {unit} up to the limit", size([unit]))
+
+
+def finish(plan: units.Plan) -> None:
+    """The manifest of all units, and an end to the preparation."""
+    content = units.summary(plan)
+    if not content["domains"]:
+        raise UserError("the source holds no document")
+    source = {key: value for key, value in plan.settings.items()}
+    manifest = {"schema": SCHEMA, "tokenizer": plan.tokenizer, "dtype": "uint16", "source": source, **content}
+    listed = {s["file"] for splits in content["domains"].values() for shards in splits.values() for s in shards}
+    for path in units.shard_files(plan.out):  # beyond the limit of tokens
+        if path.relative_to(plan.out).as_posix().replace(".kinds", "") not in listed:
+            path.unlink()
+    files.write_text(plan.out / "manifest.json", json.dumps(manifest, indent=1))
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    print(table(content["domains"]))
+    for domain, n in content.get("duplicates", {}).items():
+        print(f"duplicates dropped in {domain}: {n:,}")
+    if "skipped" in content:
+        print(f"broken records left out: {len(content['skipped'])} (listed in the manifest)")
+    print(f"written to {plan.out}" + (f" ({sample_corpus.NOTE})" if source["source"] == "sample" else ""))
+
+
+def merge(out: Path) -> None:
+    """The manifest of a folder whose parts are all done."""
+    if (out / "manifest.json").exists():
+        print(f"{out} is complete already; nothing to do\n{table(read_manifest(out)['domains'])}")
+        return
+    if not (out / "preparing" / "plan.json").is_file():
+        raise UserError(f"--merge: no parts in {out}; make them with --part 1/M to --part M/M")
+    plan = units.Plan(out)
+    states = [plan.state(unit) for unit in range(len(plan.units))]
+    if missing := sorted({unit % plan.parts + 1 for unit, state in enumerate(states) if not state["done"]}):
+        raise UserError(f"--merge: part {', '.join(map(str, missing))} of {plan.parts} in {out} is not done; run it: "
+                        f"--part {missing[0]}/{plan.parts}")
+    for shard in (s for state in states for writer in state["writers"].values() for s in writer["shards"]):
+        path = out / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["file_bytes"]:
+            raise UserError(f"--merge: {path} is missing or cut short; copy it again, or begin anew with --overwrite")
+    finish(plan)
+
+
+def verify(folder: Path, workers: int) -> None:
+    """Read a prepared folder again; a line for each shard that is not as the manifest says, then UserError."""
+    manifest = read_manifest(folder)
+    tokenizer = tokenizers.load(manifest["tokenizer"]["name"])
+    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{folder} was made with another version of tokenizer {tokenizer.name!r}")
+    token_bytes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)])
+    token_bytes[tokenizer.eot_token] = 0
+    listed = [s for splits in manifest["domains"].values() for shards in splits.values() for s in shards]
+    wrong, held = [], {}
+    with tqdm(total=sum(s["file_bytes"] for s in listed), unit="B", unit_scale=True, desc="verify") as bar, \
+            ThreadPoolExecutor(workers) as pool:  # hashing and counting let go of the interpreter's lock
+        def check(info: dict) -> str | None:
+            return verify_shard(folder, info, tokenizer.n_vocab, tokenizer.eot_token, token_bytes)
+        for info, problem in zip(listed, pool.map(check, listed), strict=True):
+            bar.update(info["file_bytes"])
+            if problem:
+                wrong.append(f"{folder / info['file']} {problem}")
+    for domain, splits in manifest["domains"].items():
+        for split, shards in splits.items():
+            held = sum(s["bytes"] for s in shards)
+            counted = sum(s.get("counted_bytes", 0) for s in shards)
+            if not wrong and counted != held:
+                wrong.append(f"{folder}/{domain}: {split} holds {counted:,} bytes of text, the manifest says {held:,}")
+    print(table(manifest["domains"]))
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} of {len(listed)} shards are not as the manifest says, the first: "
+                        f"{wrong[0]}; restore them or prepare the data again with --overwrite")
+    print(f"{folder}: {len(listed):,} shards are as the manifest says")
 
 
 def table(domains: dict) -> str:
@@ -266,79 +362,111 @@ def table(domains: dict) -> str:
     return "\n".join([*lines, "(tokens: with one end-of-text for each document)"])
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--source", choices=("sample", "files", "hub"), required=True, help="where the documents come from")
-    add("--input", nargs="+", metavar="PATH", help=f"files: {', '.join(SUFFIXES)}; folders; glob patterns")
-    add("--dataset", default="DKYoon/SlimPajama-6B", help="hub: name, or a folder laid out so (default: %(default)s)")
-    add("--revision", help="hub: branch, tag or commit of the dataset")
-    add("--split", help="our splits from the source's (default: train=train,val=validation; hub: train=train,val=test)")
-    add("--tokenizer", choices=tokenizers.NAMES, default="gpt2", help="bytes: 257 symbols, for a CPU (default: gpt2)")
-    add("--out", required=True, help="folder to write")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default: %(default)s)")
-    add("--seed", type=int, default=0, help="sample: of the corpus (default: 0)")
-    args = parser.parse_args()
-    if (args.source == "files") != bool(args.input):
-        raise UserError("--source files needs --input PATH ..., and the other sources take none")
-    if args.shard_tokens < 1:
-        raise UserError(f"--shard_tokens {args.shard_tokens}: must be above 0")
-    args.split = args.split or ("train=train,val=test" if args.source == "hub" else "train=train,val=validation")
-    return args
+def is_complete(out: Path, settings: dict, tokenizer: dict) -> bool:
+    """Whether the data is there; says so. UserError where other data is."""
+    if not (out / "manifest.json").exists():
+        return False
+    there = read_manifest(out)
+    differ = differences({**there["source"], "tokenizer": there["tokenizer"]["name"]},
+                         {**settings, "tokenizer": tokenizer["name"]})
+    if differ or there["tokenizer"] != tokenizer:
+        raise UserError(f"{out} holds other data: {differ or 'another version of the tokenizer'}; choose another "
+                        "--out, or begin anew with --overwrite")
+    print(f"{out} is complete already; nothing to do\n{table(there['domains'])}")
+    return True
 
 
-def choose_files(args: argparse.Namespace, split_map: dict[str, str]) -> list[tuple[Path, str | None]]:
-    """The files whose split is asked for; says which are left out."""
-    files = find_files(args.input)
-    kept = [(path, split) for path, split in files if split is None or split in split_map.values()]
-    for name in sorted({split for _, split in files if split} - set(split_map.values())):
-        print(f"left out: {sum(split == name for _, split in files)} files of split {name!r} (see --split)")
-    seen = {split for _, split in kept}
-    if unnamed := sum(split is None for _, split in kept):
-        print(f"{unnamed} of {len(kept)} files: no name tells a split; one document in {HELD_OUT} of theirs is for "
-              "validation, by a hash of its text")
-    if None not in seen and (absent := sorted(set(split_map.values()) - seen)):
-        there = ", ".join(sorted({str(split) for _, split in files}))
-        raise UserError(f"no file of split {', '.join(absent)} in --input (there: {there}); choose with "
-                        "--split train=NAME,val=NAME")
-    return kept
+def open_plan(out: Path, settings: dict, tokenizer: dict, parts: int, made: list[list[Segment]]) -> units.Plan:
+    """The plan of a folder: this one, or the same begun earlier; UserError where another was begun."""
+    path = out / "preparing" / "plan.json"
+    here = {"source": settings, "tokenizer": tokenizer, "parts": parts, "units": made}
+    if not path.exists():
+        # Parts may start at the same moment: the first link stays, whole.
+        temporary = path.with_name(f"plan.json.{os.getpid()}.{time.time_ns()}")
+        files.write_text(temporary, json.dumps(here))
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    there = json.loads(path.read_text())
+    differ = differences({**there["source"], "tokenizer": there["tokenizer"]["name"], "parts": there["parts"]},
+                         {**settings, "tokenizer": tokenizer["name"], "parts": parts})
+    before, now = ([tuple(segment) for unit in x["units"] for segment in unit] for x in (there, here))
+    if not differ and before != now:
+        first = next((a or b for a, b in zip([*before, None], [*now, None], strict=False) if a != b), now[-1])
+        differ = f"the inputs are not the same as then ({first[0]} was changed, added or removed)"
+    if differ:
+        raise UserError(f"{out} holds a preparation that was begun with other settings: {differ}; choose another "
+                        "--out, or begin anew with --overwrite")
+    return units.Plan(out)
+
+
+def delete(out: Path) -> None:
+    """What an earlier preparation wrote; the manifest first, so that what is left never counts as complete."""
+    (out / "manifest.json").unlink(missing_ok=True)
+    for path in units.shard_files(out):
+        path.unlink()
+    for path in (out / "preparing").glob("*"):
+        if not path.name.startswith("lock"):
+            path.unlink()
 
 
 def main() -> None:
     args = parse_args()
-    split_map, out = parse_split_map(args.split), Path(args.out)
-    source = {"sample": {"seed": args.seed, "note": sample_corpus.NOTE}, "files": {"input": args.input},
-              "hub": {"dataset": args.dataset, "revision": args.revision}}[args.source]
-    settings = {"source": args.source, **source, "split": args.split, "shard_tokens": args.shard_tokens}
+    if args.verify:
+        return verify(Path(args.verify), args.workers)
+    out = Path(args.out)
+    if args.merge:
+        return merge(out)
+    settings, part = settings_of(args), parse_part(args.part)
     tokenizer = tokenizers.load(args.tokenizer)
     described = {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
                  "eot_token": tokenizer.eot_token}
-    if (out / "manifest.json").exists():
-        there = read_manifest(out)
-        if there["source"] != settings or there["tokenizer"] != described:
-            raise UserError(f"{out} holds other data (made from {there['source']} with tokenizer "
-                            f"{there['tokenizer']['name']}); choose another --out or delete the folder")
-        print(f"{out} is complete already; nothing to do\n{table(there['domains'])}")
-        return
-    files = choose_files(args, split_map) if args.source == "files" else []
+    if not args.overwrite and is_complete(out, settings, described):
+        return None
+    made = make_units(settings)
+    mine = made[part[0] - 1::part[1]]
+    segments = [segment for unit in mine for segment in unit]
+    size, rate = sum(segment.size for segment in segments), 0.0
+    if size:
+        text_rate, token_rate, speed = estimate(settings, segments, tokenizer)
+        rate = 2 * token_rate
+    if args.dry_run:
+        for path in dict.fromkeys(segment.path for segment in segments):
+            print(f"{sum(s.size for s in segments if s.path == path):>16,} bytes  {path}")
+        print(f"{len(segments):,} segments of {len({s.path for s in segments}):,} files in "
+              f"{len(mine):,} units, {size / 1e9:,.3f} GB on disk")
+        if size:
+            print(f"about {size * text_rate / 1e9:,.3f} GB of text, {size * token_rate / 1e6:,.1f}M tokens, "
+                  f"{size * rate / 1e9:,.3f} GB of shards, "
+                  f"{size * text_rate / speed / args.workers / 60:,.1f} minutes with {args.workers} workers")
+        return None
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "preparing").mkdir(parents=True, exist_ok=True)
+        name = f"lock_{part[0]}" if args.part else "lock"
+        with files.lock(out / "preparing" / name, f"{out}: another preparation writes there"):
+            if args.overwrite:
+                delete(out)
+            elif is_complete(out, settings, described):  # another one finished it just now
+                shutil.rmtree(out / "preparing")
+                return None
+            plan = open_plan(out, settings, described, part[1], made)
+            left = size - sum(segment.size for unit in range(part[0] - 1, len(made), part[1])
+                              for segment in made[unit][:plan.state(unit)["segments"]])
+            check_disk(out, left * rate * 0.9)
+            prepare(plan, args, part, rate)
+            if args.part:
+                print(f"part {args.part} is done; when all are: python prepare_slimpajama.py --merge --out {out}")
+            else:
+                finish(plan)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be made") from None
-    for leftover in [p for domain in DOMAINS for p in (out / domain).glob("*_[0-9][0-9][0-9][0-9][0-9].*")
-                     if p.name.startswith(("train_", "val_"))]:  # shards of an interrupted preparation
-        leftover.unlink()
-    total = sum(path.stat().st_size for path, _ in files) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"{args.source} -> {args.tokenizer}") as bar:
-        documents = {"files": lambda: read_files(files, bar), "hub": lambda: read_hub(args, split_map, bar),
-                     "sample": lambda: read_sample(args.seed, bar)}[args.source]()
-        domains = tokenize(documents, split_map, tokenizer.encode_to_numpy, tokenizer.eot_token, out, args.shard_tokens)
-    if not domains:
-        raise UserError("the source holds no document")
-    manifest = {"schema": SCHEMA, "tokenizer": described, "dtype": "uint16", "source": settings, "domains": domains}
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1))
-    print(table(domains))
-    print(f"written to {out}" + (f" ({sample_corpus.NOTE})" if args.source == "sample" else ""))
+        if error.errno in files.NO_ROOM:
+            raise UserError(f"no room left in {out} ({error.strerror}); what was written is kept: make room and run "
+                            "the same command again to go on") from None
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    return None
 
 
 if __name__ == "__main__":

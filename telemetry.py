@@ -15,7 +15,7 @@ from torch import Tensor
 
 import data
 import distributed
-from checkpoint import write_bytes
+from files import write_bytes
 
 # One sample of one step. domain: index into the domains of the training split; weight: times G.
 SAMPLE = np.dtype([("step", "<u4"), ("domain", "u1"), ("window", "<u4"), ("loss", "<f4"), ("weight", "<f4")])

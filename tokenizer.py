@@ -32,6 +32,7 @@ class Tokenizer:
     sha256: str
     encode_to_numpy: Callable[[str], np.ndarray]   # text -> (n,) uint16; special tokens in the text are plain text
     decode: Callable[[Sequence[int]], str]
+    token_bytes: Callable[[int], bytes]            # of one id
 
 
 @lru_cache
@@ -65,11 +66,12 @@ def load(name: str) -> Tokenizer:
 
         tokens = b"\n".join(encoding.decode_single_token_bytes(i).hex().encode() for i in range(encoding.n_vocab))
         return Tokenizer(name, encoding.n_vocab, encoding.eot_token, hashlib.sha256(tokens).hexdigest(),
-                         encode, encoding.decode)
+                         encode, encoding.decode, encoding.decode_single_token_bytes)
     if name == "bytes":
         tokens = b"\n".join([bytes([i]).hex().encode() for i in range(256)] + [b"<|endoftext|>".hex().encode()])
         return Tokenizer(
             name, 257, 256, hashlib.sha256(tokens).hexdigest(),
             lambda text: np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16),
-            lambda ids: b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in ids).decode("utf-8", "replace"))
+            lambda ids: b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in ids).decode("utf-8", "replace"),
+            lambda i: bytes([i]) if i < 256 else b"<|endoftext|>")
     raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")

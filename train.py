@@ -28,6 +28,7 @@ from configurator import parse
 from distributed import print0
 from errors import UserError, run
 from eval.perplexity import evaluate, validation_windows
+from manifest import data_hash, read_manifest
 from metrics import Metrics, versions
 from model import GPT, SIZES, GPTConfig
 from reweight import NORMS, STRATEGIES, domain_means, sample_weights, track_domain_losses
@@ -262,7 +263,7 @@ def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, t
 def main() -> None:
     rank, _, W = distributed.ranks()
     config = settle(parse(TrainConfig, __doc__, sys.argv[1:]), W)
-    manifest = data.read_manifest(config.data_dir)
+    manifest = read_manifest(config.data_dir)
     train, val = (data.Split(config.data_dir, manifest, split, config.block_size) for split in ("train", "val"))
     sampler = data.DomainSampler(data.mixture_weights(config.mixture, train), train.n_windows,
                                  config.global_batch_size, config.seed)
@@ -271,7 +272,7 @@ def main() -> None:
     gpt = replace(SIZES[config.model], block_size=config.block_size, dropout=config.dropout,
                   vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
     print0(describe(config, gpt, sampler, train, W))
-    out_dir, this = Path(config.out_dir), identity(config, data.data_hash(manifest), W)
+    out_dir, this = Path(config.out_dir), identity(config, data_hash(manifest), W)
     resumed, start = checkpoint.find_resumable(out_dir, this, config.resume, config.max_steps)
     if config.dry_run:
         return

@@ -18,6 +18,7 @@ import tokenizer
 from checkpoint import read_json
 from configurator import Parser
 from errors import UserError, run
+from manifest import read_manifest
 from telemetry import SAMPLE
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     config = read_json(args.run / "config.json")
     rows = read_samples(args.run, args.from_step)
     data_dir = args.data_dir or config["data_dir"]
-    manifest = data.read_manifest(data_dir)
+    manifest = read_manifest(data_dir)
     split = data.Split(data_dir, manifest, "train", config["block_size"])
     if rows["domain"].max() >= len(split.domains) or (rows["window"] >= split.n_windows[rows["domain"]]).any():
         raise UserError(f"{data_dir} does not hold the samples of {args.run}; give the --data_dir it was trained on")

@@ -25,6 +25,8 @@ import distributed
 from configurator import Parser
 from distributed import print0
 from errors import UserError, run
+from files import write_text
+from manifest import read_manifest
 
 
 def validation_windows(split: data.Split, per_domain: int | None) -> np.ndarray:
@@ -122,7 +124,7 @@ def main() -> None:
     run_dir, folder = find_run(args.run)
     state = checkpoint.read_json(folder / "state.json")
     data_dir = args.data_dir or state["data_dir"]
-    manifest = data.read_manifest(data_dir)
+    manifest = read_manifest(data_dir)
     if manifest["tokenizer"]["sha256"] != state["tokenizer_sha256"]:
         raise UserError(f"{data_dir} has tokenizer {manifest['tokenizer']['name']}, the model was trained with another")
     split = data.Split(data_dir, manifest, "val", state["gpt"]["block_size"])
@@ -133,7 +135,7 @@ def main() -> None:
     record = {"step": state["step"], **evaluate(model, split, pairs, args.batch_size, dtype)}
     if distributed.ranks().rank == 0:
         (run_dir / "eval").mkdir(exist_ok=True)
-        checkpoint.write_text(run_dir / "eval" / "perplexity.json", json.dumps(record, indent=1))
+        write_text(run_dir / "eval" / "perplexity.json", json.dumps(record, indent=1))
     print0(table(record))
     distributed.cleanup()
 

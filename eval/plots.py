@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from configurator import Parser
-from data import DOMAINS
 from errors import UserError, run
 from eval.tables import read_runs, run_names
+from manifest import in_order
 from metrics import read_lines
 from reweight import STRATEGIES, normalize_losses, sample_weights
 
@@ -47,7 +47,7 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
     """Validation loss against steps: the mean, then each domain."""
     plt = pyplot()
     evals = [[r for r in records if r["kind"] == "eval"] for records in metrics]
-    held = [d for d in DOMAINS if any(d in r["domains"] for records in evals for r in records)]
+    held = in_order(d for records in evals for r in records for d in r["domains"])
     fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharex=True, layout="constrained")
     for ax, domain in zip(axes.flat, [None, *held], strict=False):
         shown = []  # losses after the first tenth of the run
@@ -75,7 +75,7 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
 def domain_perplexity(names: list[str], results: list[dict | None], path: Path) -> Path:
     """Perplexity per domain, a bar per run; a run without a value leaves a gap, not a bar of height 0."""
     plt = pyplot()
-    held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
+    held = in_order(d for r in results if r for d in r["domains"])
     fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
     width = 0.8 / len(names)
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
@@ -108,8 +108,8 @@ def shares_over_time(names: list[str], metrics: list[list[dict]], label: str, pa
     plt = pyplot()
     lines = [[r for r in records if r["kind"] == "train" and f"samples_by_{label}" in r] for records in metrics]
     there = {name for records in lines for r in records for name in r[f"samples_by_{label}"]}
-    groups = [name for name in (*DOMAINS, "ordinary", "redundant", "noise") if name in there]
-    groups += sorted(there - set(groups))
+    kinds = [name for name in ("ordinary", "redundant", "noise") if name in there]
+    groups = [*in_order(there - set(kinds)), *kinds]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.6), sharex=True, sharey=True,

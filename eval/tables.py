@@ -22,9 +22,9 @@ import numpy as np
 
 from checkpoint import read_json
 from configurator import Parser
-from data import DOMAINS
 from errors import UserError, run
 from eval.perplexity import perplexity
+from manifest import in_order
 
 MISSING = "missing"
 # Keys of config.json that say where and how a run was made, not what it measures.
@@ -98,7 +98,7 @@ def minus_uniform(configs: list[dict], results: list[dict | None]) -> list[float
 
 def rows_of(results: list[dict | None], metric: str) -> list[tuple[str, list[float | str | None]]]:
     """(label, value per run) rows: domains, average, worst domain and which one that is."""
-    held = [d for d in DOMAINS if any(r and d in r["domains"] for r in results)]
+    held = in_order(d for r in results if r for d in r["domains"])
     rows = [(d, [r["domains"][d][metric] if r and d in r["domains"] else None for r in results]) for d in held]
     domains = [r["domains"] if r else None for r in results]
     worst = [max(d, key=lambda name: d[name][metric]) if d else None for d in domains]

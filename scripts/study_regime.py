@@ -21,9 +21,9 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Parser
-from data import DOMAINS, read_manifest
 from errors import UserError, run
 from eval.plots import COLOURS, pyplot
+from manifest import DOMAINS, read_manifest
 from metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]

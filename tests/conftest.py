@@ -93,18 +93,19 @@ def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]]) -> Path
     """A data folder with given token streams, through the real writer: {domain: {split: (n,) ids}}."""
     import json
 
-    import prepare_slimpajama as prepare
     import tokenizer
+    from corpus.shards import ShardWriter
+    from manifest import SCHEMA
     folder.mkdir(exist_ok=True)
     domains = {}
     for domain, splits in tokens.items():
         for split, ids in splits.items():
-            writer = prepare.ShardWriter(folder, domain, split, 10**9)
+            writer = ShardWriter(folder, domain, split, 10**9)
             writer.add(ids.astype(np.uint16), len(ids))
             domains.setdefault(domain, {})[split] = writer.close()
     t = tokenizer.load("bytes")
     largest = max(int(ids.max()) for splits in tokens.values() for ids in splits.values())
     described = {"name": t.name, "sha256": t.sha256, "n_vocab": max(t.n_vocab, largest + 1), "eot_token": t.eot_token}
-    manifest = {"schema": prepare.SCHEMA, "tokenizer": described, "dtype": "uint16", "source": {}, "domains": domains}
+    manifest = {"schema": SCHEMA, "tokenizer": described, "dtype": "uint16", "source": {}, "domains": domains}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -6,7 +6,9 @@ import torch
 from conftest import write_shards
 
 import data
+from corpus.shards import ShardWriter
 from errors import UserError
+from manifest import read_manifest
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def folder(tmp_path):
 
 
 def open_split(folder, split="train", block_size=10):
-    return data.Split(folder, data.read_manifest(folder), split, block_size)
+    return data.Split(folder, read_manifest(folder), split, block_size)
 
 
 def test_windows_make_each_token_a_target_once(folder):
@@ -28,12 +30,11 @@ def test_windows_make_each_token_a_target_once(folder):
 
 
 def test_windows_do_not_cross_shards(tmp_path):
-    import prepare_slimpajama as prepare
     write_shards(tmp_path, {"c4": {"train": np.zeros(1), "val": np.arange(30)}})
-    writer = prepare.ShardWriter(tmp_path, "c4", "train", 25)
+    writer = ShardWriter(tmp_path, "c4", "train", 25)
     for start in range(0, 70, 7):
         writer.add(np.arange(start, start + 7, dtype=np.uint16), 7)
-    manifest = data.read_manifest(tmp_path)
+    manifest = read_manifest(tmp_path)
     manifest["domains"]["c4"]["train"] = shards = writer.close()
     assert [s["tokens"] for s in shards] == [25, 25, 20] and sum(s["documents"] for s in shards) == 10
     split = data.Split(tmp_path, manifest, "train", 8)
@@ -121,7 +122,7 @@ def test_missing_and_short_shards(folder):
         open_split(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="did not finish"):
-        data.read_manifest(folder)
+        read_manifest(folder)
 
 
 def test_prefetch_keeps_order_and_raises():

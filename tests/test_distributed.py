@@ -8,6 +8,7 @@ from layout_worker import VARIANTS, G, expected_losses, global_batch, small_mode
 from test_reweight import FORMULAS, reference
 
 import data
+from manifest import read_manifest
 
 # (W, parallel, B); A = G / (W * B), G = 16
 LAYOUTS = [(1, "ddp", 4), (1, "ddp", 2), (2, "ddp", 8), (2, "ddp", 4), (2, "fsdp", 8), (2, "fsdp", 4), (4, "ddp", 4),
@@ -118,7 +119,7 @@ def test_global_batches_are_identical_for_any_layout(tmp_path):
     import train
     tokens = np.arange(3000) % 250
     write_shards(tmp_path, {d: {"train": np.roll(tokens, i), "val": tokens[:50]} for i, d in enumerate(data.DOMAINS)})
-    split = data.Split(tmp_path, data.read_manifest(tmp_path), "train", 16)
+    split = data.Split(tmp_path, read_manifest(tmp_path), "train", 16)
 
     def batch(W, B):
         parts = []

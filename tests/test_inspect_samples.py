@@ -5,6 +5,7 @@ from conftest import command, expect_error, expect_ok
 
 import data
 import tokenizer
+from manifest import read_manifest
 from telemetry import SAMPLE
 
 
@@ -20,7 +21,7 @@ def test_the_text_of_the_ends_is_printed(sample_data, tmp_path):
     assert len(rows) == 4 * 16 and np.allclose(rows["weight"].reshape(4, 16).mean(1), 1, atol=1e-5)
     text = expect_ok(inspect(tmp_path / "run", "--top", "1", "--from_step", "4"))
     assert "48 samples of steps 4 to 8" in text
-    split = data.Split(sample_data, data.read_manifest(sample_data), "train", 64)
+    split = data.Split(sample_data, read_manifest(sample_data), "train", 64)
     for d, name in enumerate(split.domains):
         mine = rows[(rows["domain"] == d) & (rows["step"] >= 4)]
         if len(mine):

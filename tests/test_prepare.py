@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
 
-import data
 import tokenizer
+from manifest import DOMAINS, read_manifest
 
 TEXTS = {"RedPajamaC4": ["Buy now.", "Grüße, <|endoftext|> and more"], "RedPajamaGithub": ["def f():\n    return 1\n"]}
 RECORDS = [{"text": t, "meta": {"redpajama_set_name": name}} for name, texts in TEXTS.items() for t in texts]
@@ -34,7 +34,7 @@ def prepare(out, *args, kind="bytes", source="files"):
 
 
 def tokens(out, domain, split):
-    shards = data.read_manifest(out)["domains"][domain][split]
+    shards = read_manifest(out)["domains"][domain][split]
     return np.concatenate([np.load(out / s["file"]) for s in shards])
 
 
@@ -58,7 +58,7 @@ def test_manifest_tells_the_truth(tmp_path):
     write(tmp_path / "train.jsonl"), write(tmp_path / "val.jsonl")
     out = tmp_path / "out"
     expect_ok(prepare(out, "--input", tmp_path / "train.jsonl", tmp_path / "val.jsonl", "--shard_tokens", 20))
-    manifest = data.read_manifest(out)
+    manifest = read_manifest(out)
     assert manifest["tokenizer"]["name"] == "bytes" and manifest["dtype"] == "uint16"
     for domain, name in (("c4", "RedPajamaC4"), ("github", "RedPajamaGithub")):
         shards = manifest["domains"][domain]["train"]
@@ -74,7 +74,7 @@ def test_split_by_hash_where_names_tell_none(tmp_path):
     records = [{"text": f"document {i}", "meta": {"redpajama_set_name": "RedPajamaBook"}} for i in range(2000)]
     write(tmp_path / "corpus.jsonl", records)
     expect_ok(prepare(tmp_path / "a", "--input", tmp_path / "corpus.jsonl"))
-    splits = data.read_manifest(tmp_path / "a")["domains"]["book"]
+    splits = read_manifest(tmp_path / "a")["domains"]["book"]
     count = {split: sum(s["documents"] for s in shards) for split, shards in splits.items()}
     assert sum(count.values()) == 2000 and 20 <= count["val"] <= 70
 
@@ -84,7 +84,7 @@ def test_test_split_takes_the_place_of_validation_when_asked(tmp_path):
         write(tmp_path / "in" / f"{split}-00000-of-00001.parquet")
     expect_error(prepare(tmp_path / "out", "--input", tmp_path / "in"), "no file of split validation", "--split")
     expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in", "--split", "train=train,val=test"))
-    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
+    assert set(read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
 
 
 def test_splits_of_globs_and_folders_count(tmp_path):
@@ -98,7 +98,7 @@ def test_splits_of_globs_and_folders_count(tmp_path):
                                 [tmp_path / "in", tmp_path / "in" / "train" / "a"])):
         text = expect_ok(prepare(tmp_path / str(i), "--input", *inputs))
         assert "by a hash" not in text
-        assert data.read_manifest(tmp_path / str(i))["domains"] == data.read_manifest(tmp_path / "whole")["domains"]
+        assert read_manifest(tmp_path / str(i))["domains"] == read_manifest(tmp_path / "whole")["domains"]
 
 
 def test_links_count_by_their_own_names(tmp_path):
@@ -108,7 +108,7 @@ def test_links_count_by_their_own_names(tmp_path):
         (tmp_path / "in" / split).mkdir(parents=True)
         (tmp_path / "in" / split / "0.jsonl").symlink_to(blob)
     expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in"))
-    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
+    assert set(read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
 
 
 def test_folders_above_the_inputs_tell_nothing(tmp_path):
@@ -116,7 +116,7 @@ def test_folders_above_the_inputs_tell_nothing(tmp_path):
     write(tmp_path / "dev" / "corpus" / "0.jsonl", RECORDS * 40)
     text = expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "dev" / "corpus" / "0.jsonl"))
     assert "1 of 1 files" in text and "by a hash" in text
-    assert "train" in data.read_manifest(tmp_path / "out")["domains"]["c4"]
+    assert "train" in read_manifest(tmp_path / "out")["domains"]["c4"]
 
 
 def test_other_files_in_out_are_left_alone(tmp_path):
@@ -134,7 +134,7 @@ def test_other_files_in_out_are_left_alone(tmp_path):
 
 def test_a_part_of_the_sample(tmp_path):
     expect_ok(prepare(tmp_path / "out", "--split", "val=validation", source="sample"))
-    assert set(data.read_manifest(tmp_path / "out")["domains"]["c4"]) == {"val"}
+    assert set(read_manifest(tmp_path / "out")["domains"]["c4"]) == {"val"}
 
 
 def test_hub_layout_equals_files(tmp_path):
@@ -142,7 +142,7 @@ def test_hub_layout_equals_files(tmp_path):
         write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
     expect_ok(prepare(tmp_path / "a", "--dataset", tmp_path / "hub", source="hub"))
     expect_ok(prepare(tmp_path / "b", "--input", tmp_path / "hub", "--split", "train=train,val=test"))
-    a, b = (data.read_manifest(tmp_path / x) for x in "ab")
+    a, b = (read_manifest(tmp_path / x) for x in "ab")
     assert a["domains"] == b["domains"]
 
 
@@ -153,7 +153,7 @@ def test_unreachable_hub(tmp_path):
 def test_counts_of_real_text(real_text, tmp_path):
     """The token counts that were published with the corpus (without end-of-text)."""
     expect_ok(prepare(tmp_path, "--input", real_text / "validation", "--split", "val=validation", kind="gpt2"))
-    domains = data.read_manifest(tmp_path)["domains"]
+    domains = read_manifest(tmp_path)["domains"]
     found = {d: sum(s["tokens"] - s["documents"] for s in domains[d]["val"]) for d in domains}
     assert found == {"arxiv": 360_964, "book": 145_147, "cc": 199_353, "c4": 62_047, "github": 199_532,
                      "stackexchange": 62_681, "wikipedia": 152_091}
@@ -231,9 +231,9 @@ def test_wrong_input(case, tmp_path):
 def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
     out = tmp_path / "again"
     expect_ok(command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out))
-    assert data.read_manifest(out) == data.read_manifest(sample_data)
-    manifest = data.read_manifest(out)
-    assert tuple(manifest["domains"]) == data.DOMAINS and "synthetic" in manifest["source"]["note"]
+    assert read_manifest(out) == read_manifest(sample_data)
+    manifest = read_manifest(out)
+    assert tuple(manifest["domains"]) == DOMAINS and "synthetic" in manifest["source"]["note"]
     shutil.rmtree(out)
 
 

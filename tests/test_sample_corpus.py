@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 
 import sample_corpus
-from data import SET_NAMES
+from manifest import SET_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ from conftest import write_shards
 
 import data
 import telemetry
+from manifest import read_manifest
 from telemetry import SAMPLE, Telemetry, histogram, weight_statistics
 
 
 @pytest.fixture
 def split(tmp_path):
     folder = write_shards(tmp_path / "d", {d: {"train": np.arange(101), "val": np.arange(20)} for d in ("arxiv", "c4")})
-    return data.Split(folder, data.read_manifest(folder), "train", 10)
+    return data.Split(folder, read_manifest(folder), "train", 10)
 
 
 def add(collected, step, losses, weights, norm=1.0, domain=(0, 0, 1, 1)):
@@ -89,12 +90,12 @@ def test_histogram_covers_all_values():
 
 def test_kinds_of_windows(tmp_path):
     """A window counts to the kind of most of its targets; without an index there are no kinds."""
-    import prepare_slimpajama as prepare
+    from corpus.shards import ShardWriter
     write_shards(tmp_path, {"c4": {"train": np.zeros(1), "val": np.arange(30)}})
-    writer = prepare.ShardWriter(tmp_path, "c4", "train", 45)
+    writer = ShardWriter(tmp_path, "c4", "train", 45)
     for length, kind in ((12, "noise"), (9, "ordinary"), (4, ""), (40, "noise"), (12, "")):
         writer.add(np.zeros(length, dtype=np.uint16), length, kind)
-    manifest = data.read_manifest(tmp_path)
+    manifest = read_manifest(tmp_path)
     manifest["domains"]["c4"]["train"] = writer.close()
     split = data.Split(tmp_path, manifest, "train", 10)
     assert split.kinds == ("noise", "ordinary") and split.n_windows.tolist() == [4 + 3]
@@ -103,5 +104,5 @@ def test_kinds_of_windows(tmp_path):
     kinds = split.kind_of(np.array([[0, w] for w in range(7)]))
     assert kinds.tolist() == [0, 1, 0, 0, 0, 0, -1]
     plain = write_shards(tmp_path / "plain", {"c4": {"train": np.arange(50), "val": np.arange(20)}})
-    assert data.Split(plain, data.read_manifest(plain), "train", 10).kinds == ()
+    assert data.Split(plain, read_manifest(plain), "train", 10).kinds == ()
     assert not list(plain.rglob("*.kinds.npy"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import tiktoken
 
 import tokenizer
+from corpus.documents import Segment, read
 from errors import UserError
-from prepare_slimpajama import read_lines
 
 TRICKY = ["", " ", "a", "<|endoftext|> is plain text here", "naïve café ☕ 日本語 \U0001f600", "\n\n\t  x  \r\n",
           "a" * 5000, "don't WE'LL 12345 x=1;\n    return", "\x00\x01", "word " * 1000]
@@ -43,10 +44,10 @@ def test_gpt2_ids_equal_tiktokens(plain):
 def test_gpt2_ids_equal_tiktokens_on_real_text(plain, real_text):
     encode, documents = tokenizer.load("gpt2").encode_to_numpy, 0
     for path in sorted((real_text / "validation").glob("*.jsonl.zst")):
-        with open(path, "rb") as file:
-            for _, record in read_lines(path, file):
-                assert encode(record["text"]).tolist() == plain.encode_ordinary(record["text"])
-                documents += 1
+        for _, _, line in read({"source": "files"}, Segment(str(path), "validation", 0, None, path.stat().st_size)):
+            text = json.loads(line)["text"]
+            assert encode(text).tolist() == plain.encode_ordinary(text)
+            documents += 1
     assert documents == 950
 
 

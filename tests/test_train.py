@@ -13,6 +13,7 @@ import checkpoint
 import data
 import train
 from eval.perplexity import validation_windows
+from manifest import read_manifest
 
 SMALL = ("config/tiny_cpu.py", "--block_size=32", "--global_batch_size=8", "--warmup_steps=2", "--eval_windows=4",
          "--reweight_warmup_steps=3", "--log_interval=1", "--device=cpu")
@@ -111,7 +112,7 @@ def test_a_step_with_a_nan_is_skipped_and_named(sample_data, tmp_path, monkeypat
     expect_ok(run(sample_data, tmp_path / "run", *flags))
     (skip,), rows = records(tmp_path / "run", "skip"), records(tmp_path / "run", "train")
     assert skip["step"] == 5 and skip["reason"] == "loss" and 0 < len(skip["samples"]) < 8
-    split = data.Split(sample_data, data.read_manifest(sample_data), "train", 32)
+    split = data.Split(sample_data, read_manifest(sample_data), "train", 32)
     for sample in skip["samples"]:
         assert split.window(split.domains.index(sample["domain"]), sample["window"])[0] % 2 == 0
     assert [r["step"] for r in rows] == [4, 8] and all(math.isfinite(r["loss"]) for r in rows)
@@ -177,9 +178,9 @@ def test_every_strategy_learns(sample_data, tmp_path, strategy):
 
 
 def test_perplexity_equals_a_float64_loop(unbroken, sample_data, tmp_path):
-    whole = data.Split(sample_data, data.read_manifest(sample_data), "val", 2000)
+    whole = data.Split(sample_data, read_manifest(sample_data), "val", 2000)
     few = {d: {"val": whole.window(i, 3)[:500 + 100 * i]} for i, d in enumerate(whole.domains)}
-    split = data.Split(write_shards(tmp_path, few), data.read_manifest(tmp_path), "val", 32)
+    split = data.Split(write_shards(tmp_path, few), read_manifest(tmp_path), "val", 32)
     model = checkpoint.load_model(checkpoint.find_latest(unbroken)).double().eval()
     for ranks in (1, 2):
         expect_ok(command("eval/perplexity.py", "--run", unbroken, "--data_dir", tmp_path, ranks=ranks))
@@ -197,7 +198,7 @@ def test_perplexity_equals_a_float64_loop(unbroken, sample_data, tmp_path):
 
 
 def test_validation_windows_are_spread_and_fixed(sample_data):
-    split = data.Split(sample_data, data.read_manifest(sample_data), "val", 32)
+    split = data.Split(sample_data, read_manifest(sample_data), "val", 32)
     few = validation_windows(split, 5)
     assert np.bincount(few[:, 0]).tolist() == [5] * 7 and len(np.unique(few, axis=0)) == 35
     assert len(validation_windows(split, None)) == split.n_windows.sum()

@@ -1,0 +1,357 @@
+"""Preparation by many: workers, parts, interruptions and limits leave the same bytes behind."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, command, expect_error, expect_ok
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from corpus import units
+from corpus.documents import Segment, place, read
+from manifest import DOMAINS, SET_NAMES, read_manifest
+
+NAMES = list(SET_NAMES)
+SCRIPT = "prepare_slimpajama.py"
+
+
+def record(i: int) -> dict:
+    rng = random.Random(i)
+    text = " ".join(f"w{rng.randrange(1000)}é" for _ in range(rng.randrange(1, 400))) + f" {i}\n"
+    return {"text": text, "meta": {"redpajama_set_name": NAMES[i % 7]}}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Files of every format, each above the size of a unit, so that all of them are cut where they can be."""
+    folder = tmp_path_factory.mktemp("corpus")
+    records = [record(i) for i in range(9000)]
+    for split, some in (("train", records[:8000]), ("validation", records[8000:])):
+        (folder / split).mkdir()
+        lines = "".join(json.dumps(r) + "\n" for r in some).encode()
+        (folder / split / "a.jsonl").write_bytes(lines)
+        (folder / split / "b.jsonl.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
+        pq.write_table(pa.Table.from_pylist(some), folder / split / "c.parquet", row_group_size=500)
+    return folder
+
+
+def arguments(corpus, out, *more, workers=2):
+    return [SCRIPT, "--source", "files", "--tokenizer", "bytes", "--input", corpus, "--out", out,
+            "--shard_tokens", "700_000", "--workers", workers, *more]
+
+
+def contents(folder) -> dict:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """What one worker makes of it."""
+    out = tmp_path_factory.mktemp("alone")
+    expect_ok(command(*arguments(corpus, out, workers=1)))
+    return out
+
+
+def tokens_of(out, domain, split):
+    return np.concatenate([np.load(out / s["file"]) for s in read_manifest(out)["domains"][domain][split]])
+
+
+def test_the_corpus_is_cut_and_whole(alone):
+    domains = read_manifest(alone)["domains"]
+    numbers = {s["file"].split("_")[1][:5] for splits in domains.values() for shards in splits.values() for s in shards}
+    assert len(numbers) >= 6 and any("_01.npy" in s["file"] for s in domains["c4"]["train"])
+    mine = [record(i)["text"].encode() for i in range(8000) if i % 7 == NAMES.index("RedPajamaC4")]
+    expected = [t for text in mine for t in [*text, 256]]
+    assert tokens_of(alone, "c4", "train").tolist() == expected * 3  # of the .jsonl, the .jsonl.zst and the .parquet
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_change_nothing(alone, corpus, tmp_path, workers):
+    expect_ok(command(*arguments(corpus, tmp_path, workers=workers), process=True))
+    assert contents(tmp_path) == contents(alone)
+
+
+def test_parts_merge_to_the_same(alone, corpus, tmp_path):
+    for k in (3, 1, 2):
+        expect_error(command(SCRIPT, "--merge", "--out", tmp_path), "--merge", "no parts" if k == 3 else "is not done")
+        expect_ok(command(*arguments(corpus, tmp_path, "--part", f"{k}/3", workers=1)))
+    expect_error(command(*arguments(corpus, tmp_path, "--part", "1/2", workers=1)), "parts 3 there, 2 here")
+    expect_ok(command(SCRIPT, "--merge", "--out", tmp_path))
+    assert contents(tmp_path) == contents(alone)
+
+
+def survive(corpus, out, kills: int, seed: int, expected: dict) -> None:
+    """Kill the preparation at random moments, the parent or one of its workers, and let the same command go on."""
+    rng, done = random.Random(seed), 0
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    while done < kills:
+        process = subprocess.Popen([sys.executable, *map(str, arguments(corpus, out))], cwd=ROOT, env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 2.5))
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        victim = int(rng.choice(workers)) if workers and rng.random() < 0.3 else process.pid
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if process.wait(60) != 0:
+            done += 1
+        elif (out / "manifest.json").exists():
+            assert contents(out) == expected
+            expect_ok(command(*arguments(corpus, out, "--overwrite", "--dry_run")))
+            for path in (out / "manifest.json", *out.glob("*/*.npy")):
+                path.unlink()
+    expect_ok(command(*arguments(corpus, out), process=True))
+    assert contents(out) == expected
+    print(f"survived {done} of {kills} kills")
+
+
+@pytest.fixture
+def quick_commits(monkeypatch):
+    monkeypatch.setattr(units, "COMMIT_SECONDS", 0.0)
+
+
+def test_kills_lose_nothing(alone, corpus, tmp_path):
+    survive(corpus, tmp_path, 5, 1, contents(alone))
+
+
+@pytest.mark.long
+def test_fifty_kills_lose_nothing(alone, corpus, tmp_path):
+    survive(corpus, tmp_path, 50, 2, contents(alone))
+
+
+def test_every_state_can_be_continued(alone, corpus, tmp_path, quick_commits, monkeypatch):
+    """Stop at every commit in turn, with what was written since thrown in as a kill would leave it."""
+    real, left = units.files.write_text, [0]
+
+    def write_then_stop(path, text):
+        real(path, text)
+        if path.name.startswith("unit_"):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(units.files, "write_text", write_then_stop)
+    rounds = 0
+    while not (tmp_path / "manifest.json").exists():
+        rounds, left[0] = rounds + 1, 2
+        (tmp_path / "c4").mkdir(exist_ok=True)
+        (tmp_path / "c4" / "train_00001_07.npy.tmp").write_bytes(b"half")
+        try:
+            expect_ok(command(*arguments(corpus, tmp_path, workers=1)))
+        except (KeyboardInterrupt, AssertionError):
+            pass
+        assert rounds < 60
+    assert rounds > 2 and contents(tmp_path) == contents(alone)
+
+
+def test_changed_inputs_and_settings_are_refused_by_name(corpus, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("train.jsonl", "val.jsonl"):
+        (source / name).write_text("".join(json.dumps(record(i)) + "\n" for i in range(20)))
+    out = tmp_path / "out"
+    expect_ok(command(*arguments(source, out, "--part", "1/2", workers=1)))
+    for flags, word in ((("--dedup",), "dedup False there, True here"), (("--domains", "c4"), "domains [] there"),
+                        (("--shard_tokens", "5"), "shard_tokens 700000 there, 5 here")):
+        expect_error(command(*arguments(source, out, "--part", "1/2", *flags, workers=1)), word, "--overwrite")
+    (source / "train.jsonl").write_text(json.dumps(record(1)))
+    expect_error(command(*arguments(source, out, "--part", "1/2", workers=1)), "train.jsonl was changed")
+    expect_ok(command(*arguments(source, out, "--overwrite", workers=1)))
+    assert not (out / "preparing").exists() and read_manifest(out)["domains"]["book"]["train"][0]["documents"] == 1
+
+
+def test_two_at_once(corpus, tmp_path):
+    import files
+    (tmp_path / "preparing").mkdir()
+    with files.lock(tmp_path / "preparing" / "lock", "held"):
+        expect_error(command(*arguments(corpus, tmp_path, workers=1)), "another preparation writes there")
+    expect_ok(command(*arguments(corpus, tmp_path, workers=1)))
+
+
+def test_limit_takes_the_first_documents(alone, corpus, tmp_path):
+    for workers, out in ((1, tmp_path / "1"), (3, tmp_path / "3")):
+        limit = ("--max_tokens_per_domain", "1_000_000")
+        expect_ok(command(*arguments(corpus, out, *limit, workers=workers), process=True))
+        for domain in DOMAINS:
+            whole, part = tokens_of(alone, domain, "train"), tokens_of(out, domain, "train")
+            after = np.flatnonzero(whole[len(part):] == 256)[0] + 1
+            assert len(part) <= 1_000_000 < len(part) + after and part[-1] == 256
+            assert (whole[:len(part)] == part).all()
+            assert (tokens_of(alone, domain, "val") == tokens_of(out, domain, "val")).all()
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_domains_and_holdout(alone, corpus, tmp_path):
+    out = tmp_path / "out"
+    expect_ok(command(*arguments(corpus, out, "--domains", "c4,book,arxiv", "--holdout", "book", workers=1)))
+    domains = read_manifest(out)["domains"]
+    assert tuple(domains) == ("arxiv", "book", "c4") and set(domains["book"]) == {"val"}
+    assert (tokens_of(out, "c4", "train") == tokens_of(alone, "c4", "train")).all()
+    import data
+    split = data.Split(out, read_manifest(out), "train", 64)
+    assert data.mixture_weights("natural", split).sum() == pytest.approx(1) and split.domains == ("arxiv", "c4")
+
+
+def test_duplicates_go_and_validation_stays(alone, corpus, tmp_path):
+    """The corpus holds every training text three times."""
+    for workers, parts in ((1, 1), (2, 1), (1, 2)):
+        out = tmp_path / f"{workers}_{parts}"
+        for k in range(parts):
+            part = ("--part", f"{k + 1}/{parts}") if parts > 1 else ()
+            expect_ok(command(*arguments(corpus, out, "--dedup", *part, workers=workers), process=True))
+        if parts > 1:
+            expect_ok(command(SCRIPT, "--merge", "--out", out))
+        whole = tokens_of(alone, "c4", "train")
+        assert (tokens_of(out, "c4", "train") == whole[:len(whole) // 3]).all()
+        assert sum(read_manifest(out)["duplicates"].values()) == 2 * 9000
+        assert contents(out) == contents(tmp_path / "1_1")
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    (twin / "train.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in (1, 2, 1)))
+    (twin / "val.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in (3, 2)))
+    expect_ok(command(*arguments(twin, tmp_path / "out", "--dedup", workers=1)))
+    manifest = read_manifest(tmp_path / "out")
+    assert sum(s["documents"] for d in manifest["domains"].values() for s in d.get("val", [])) == 2
+    assert sum(manifest["duplicates"].values()) == 2
+
+
+def test_slices_of_the_hash_space_find_the_same(corpus, tmp_path, monkeypatch):
+    real = units.find_duplicates
+    monkeypatch.setattr(units, "find_duplicates", lambda plan, mine: real(plan, mine, memory=64 * 500))
+    expect_ok(command(*arguments(corpus, tmp_path, "--dedup", workers=1)))
+    assert sum(read_manifest(tmp_path)["duplicates"].values()) == 2 * 9000
+
+
+def test_bad_records_are_counted_and_listed(tmp_path):
+    lines = [json.dumps(record(i)) for i in range(20)]
+    lines[3], lines[7], lines[11] = "{broken", '{"text": 5}', '{"text": "x", "meta": {"redpajama_set_name": "Books"}}'
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_bytes(("\n".join(lines) + "\n").encode() + b'{"text": "\xff"}\n')
+    out = tmp_path / "out"
+    expect_error(command(*arguments(tmp_path, out, workers=1)), "train.jsonl, line 4", "--skip_bad N")
+    expect_error(command(*arguments(tmp_path, out, "--skip_bad", "7", workers=1)), "more than --skip_bad 7")
+    expect_ok(command(*arguments(tmp_path, out, "--skip_bad", "8", workers=1)))
+    skipped = read_manifest(out)["skipped"]
+    assert len(skipped) == 8 and skipped[0][0].endswith("train.jsonl, line 4") and "'Books'" in skipped[2][1]
+
+
+def test_other_corpora_by_schema(tmp_path):
+    """FineWeb's layout: .parquet with text, id, dump, url and so on; one domain, no validation files."""
+    rows = [{"text": f"page {i} of the web", "id": str(i), "dump": "CC-MAIN", "score": 0.9} for i in range(2000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "000_00000.parquet", row_group_size=300)
+    out = tmp_path / "out"
+    expect_error(command(*arguments(tmp_path, out, workers=1)), "no column 'meta'", "--schema")
+    expect_error(command(*arguments(tmp_path, out, "--schema", "text=txt,constant=fineweb", workers=1)),
+                 "no column 'txt'", "did you mean 'text'")
+    expect_ok(command(*arguments(tmp_path, out, "--schema", "text=text,constant=fineweb", workers=1)))
+    domains = read_manifest(out)["domains"]
+    assert list(domains) == ["fineweb"]
+    assert sum(s["documents"] for shards in domains["fineweb"].values() for s in shards) == 2000
+    import data
+    split = data.Split(out, read_manifest(out), "train", 64)
+    assert split.domains == ("fineweb",) and data.mixture_weights("natural", split).tolist() == [1.0]
+    lines = [{"body": {"raw": "x y"}, "source": name} for name in ("c4", "RedPajamaBook")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expect_ok(command(*arguments(tmp_path / "train.jsonl", tmp_path / "2", "--schema", "text=body.raw,domain=source",
+                                 "--split", "train=train", workers=1)))
+    assert list(read_manifest(tmp_path / "2")["domains"]) == ["book", "c4"]
+
+
+def test_verify(alone, tmp_path):
+    import shutil
+    assert "are as the manifest says" in expect_ok(command(SCRIPT, "--verify", alone))
+    shutil.copytree(alone, tmp_path / "d")
+    shard = tmp_path / "d" / read_manifest(alone)["domains"]["c4"]["train"][0]["file"]
+    whole = shard.read_bytes()
+    for damaged, word in ((whole[:-2], "bytes, the manifest says"), (whole[:-2] + b"\x00\x00", "another sha256")):
+        shard.write_bytes(damaged)
+        expect_error(command(SCRIPT, "--verify", tmp_path / "d"), shard.name, word)
+    shard.write_bytes(whole)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    manifest["domains"]["c4"]["train"][0]["documents"] += 1
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
+    expect_error(command(SCRIPT, "--verify", tmp_path / "d"), "ends of documents")
+
+
+def test_line_numbers_in_byte_ranges(corpus):
+    path = corpus / "train" / "a.jsonl"
+    lines, source = path.read_bytes().splitlines(keepends=True), {"source": "files"}
+    seen, size = [], path.stat().st_size
+    for start in range(0, size, 300_001):
+        segment = Segment(str(path), "train", start, min(start + 300_001, size), 0)
+        for _, number, line in read(source, segment):
+            if len(seen) % 97 == 0:
+                assert place(source, segment, number) == f"{path}, line {len(seen) + 1}"
+            seen.append(line)
+    assert seen == lines
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.sampled_from("ab '1.\n\t\u00a0\u2003\x1cé中😀"), max_size=300), st.integers(1, 40))
+def test_pieces_have_the_tokens_of_the_whole(text, size):
+    encode, before = tokenizer.load("gpt2").encode_to_numpy, units.PIECE
+    units.PIECE = size
+    try:
+        pieces = list(units.encode(encode, memoryview(text.encode())))
+    finally:
+        units.PIECE = before
+    assert np.concatenate([*pieces, encode("")]).tolist() == encode(text).tolist()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_large_documents_need_little_memory(tmp_path, suffix):
+    """30 MB with an emoji: 120 MB as a str, which was made twice; here it stays UTF-8."""
+    text = "A line that is said again and again. 😀\n" * (30_000_000 // 42) + "a" * 1_000_000
+    row = {"text": text, "meta": {"redpajama_set_name": "RedPajamaBook"}}
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # ru_maxrss has the parent's
+    args = [SCRIPT, "--source", "files", "--input", path, "--split", "train=train", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("peak")[1]) / 1024 < 500
+    expected = tokenizer.load("gpt2").encode_to_numpy(text)
+    assert np.array_equal(tokens_of(tmp_path / "out", "book", "train")[:-1], expected)
+
+
+def test_full_disk_can_go_on(alone, corpus, tmp_path):
+    """A limit on the size of a file says what a full disk says; then the same command goes on."""
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    args = [sys.executable, *map(str, arguments(corpus, tmp_path))]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, preexec_fn=small)
+    expect_error(done, "no room left", "run the same command again")
+    expect_ok(command(*arguments(corpus, tmp_path), process=True))
+    assert contents(tmp_path) == contents(alone)
+
+
+def test_disk_is_checked_before(corpus, tmp_path, monkeypatch):
+    import shutil
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    expect_error(command(*arguments(corpus, tmp_path / "out", workers=1)), "need about", "are free", "--out")
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_dry_run_writes_nothing(corpus, tmp_path):
+    text = expect_ok(command(*arguments(corpus, tmp_path / "out", "--dry_run")))
+    assert "a.jsonl" in text and "GB of shards" in text and not (tmp_path / "out").exists()
