@@ -52,6 +52,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
                              special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
 
 
+@lru_cache
 def load(name: str) -> Tokenizer:
     """The tokenizer called `name`; UserError for an unknown name or a damaged vocabulary."""
     if name == "gpt2":

@@ -214,6 +214,7 @@ def read_lines(path: Path, file: io.BufferedReader, segment: Segment, _: dict) -
         at = file.tell() if codec else at + len(line)
         if not line.isspace():
             yield at - segment.start, number, line
+        del line
 
 
 def read_parquet(path: Path, file: io.BufferedReader, segment: Segment,

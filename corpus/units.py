@@ -112,7 +112,9 @@ def documents_of(plan: Plan, segment: Segment,
             document = None
         if document and not plan.wants(document.domain, document.split):
             document = None
+        item = None  # a large document must be gone before the next is read
         yield position, document
+        document = None
 
 
 def work(out: Path, unit: int) -> None:
@@ -168,6 +170,7 @@ def _work(plan: Plan, unit: int) -> None:
                     writers[key].write(piece, document.kind)
                 writers[key].add(eot, len(document.utf8), document.kind)
                 texts, tokens = texts + len(document.utf8), tokens + writers[key].tokens - before
+            document = None
             if time.monotonic() - told > 0.2:
                 told = time.monotonic()
                 _shared.add(position - seen, texts, tokens)

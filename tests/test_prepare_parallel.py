@@ -323,8 +323,9 @@ def test_large_documents_need_little_memory(tmp_path, suffix):
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    # Not ru_maxrss: that has what the parent held.
     code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # ru_maxrss has the parent's
+            "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     args = [SCRIPT, "--source", "files", "--input", path, "--split", "train=train", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
