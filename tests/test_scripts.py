@@ -1,9 +1,11 @@
 """The benchmark and the study: what they compute, on numbers worked by hand, and that they run."""
 
 import math
+import os
+import subprocess
 
 import pytest
-from conftest import command, expect_error, expect_ok
+from conftest import ROOT, command, expect_error, expect_ok
 
 from scripts.study_regime import BASE, VARIED, figure, final_loss, table, weights_of
 
@@ -49,3 +51,9 @@ def test_the_benchmark_prints_its_ratios(ranks):
     ratios = [float(line.split("(")[0].split()[-1]) for line in text.splitlines() if "(quartiles" in line]
     assert f"{ranks} ranks" in text and len(ratios) == 4 and all(0.1 < ratio < 10 for ratio in ratios)
     expect_error(command("scripts/bench_reweight.py", "--rounds=1"), "--rounds 1")
+
+
+def test_slurm_script_says_what_it_would_submit():
+    done = subprocess.run(["bash", "scripts/slurm/prepare.sbatch"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "DRY_RUN": "1", "INPUT": "/in", "OUT": "/out", "PARTS": "3"})
+    assert done.returncode == 0 and "--array 1-3" in done.stdout and "--merge --out '/out'" in done.stdout
