@@ -49,7 +49,8 @@ class Split:
         # ends[d][k]: number of windows in the first k + 1 shards of domain d
         self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
         self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
-        self.open = lru_cache(maxsize=256)(open_shard)  # no more files open at once than any system allows
+        self.header = lru_cache(maxsize=None)(read_header)
+        self.open = lru_cache(maxsize=64)(open_shard)  # of thousands of shards: systems allow 256 open files and more
         self.n_vocab = manifest["tokenizer"]["n_vocab"]
         self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
         self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
@@ -63,8 +64,8 @@ class Split:
         start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
         path = self.paths[domain][shard]
         # Not memory-mapped: a process's resident memory would grow with every page it has ever touched.
-        file, header = self.open(path)
-        tokens = np.frombuffer(os.pread(file.fileno(), 2 * (self.block_size + 1), header + 2 * start), dtype="<u2")
+        offset, file = self.header(path) + 2 * start, self.open(path)
+        tokens = np.frombuffer(os.pread(file.fileno(), 2 * (self.block_size + 1), offset), dtype="<u2")
         if len(tokens) <= self.block_size or tokens.max() >= self.n_vocab:
             raise UserError(f"shard {path} was changed: tokens {start:,} to {start + self.block_size:,} must be there, "
                             f"each below {self.n_vocab}; prepare the data again or restore the file")
@@ -106,18 +107,27 @@ def check_shard(path: Path, info: dict) -> None:
         raise UserError(f"{kinds_path(path)} is missing; prepare the data again or restore the file")
 
 
-def open_shard(path: Path) -> tuple[BinaryIO, int]:
-    """A shard's file and the bytes of its header."""
+def open_shard(path: Path) -> BinaryIO:
+    """A shard's file; it is closed with the last reference to it."""
     try:
-        file = open(path, "rb", buffering=0)  # closed with the last reference to it
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except (OSError, ValueError) as error:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
         raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
-    if dtype != np.dtype("<u2") or len(shape) != 1:
-        raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; prepare the "
-                        "data again or restore the file")
-    return file, file.tell()
+
+
+def read_header(path: Path) -> int:
+    """The bytes before a shard's first token; UserError where it holds anything but a row of uint16."""
+    with open_shard(path) as file:
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the "
+                            "file") from None
+        if dtype != np.dtype("<u2") or len(shape) != 1:
+            raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; prepare the data again "
+                            "or restore the file")
+        return file.tell()
 
 
 def mixture_weights(name: str, split: Split) -> np.ndarray:
@@ -126,7 +136,7 @@ def mixture_weights(name: str, split: Split) -> np.ndarray:
     weights = {d: p for d, p in weights.items() if d not in split.held_out}
     full = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
     empty = [d for d in weights if weights[d] > 0 and d not in full]
-    if (empty and MIXTURES[name] is not None) or not full:
+    if (empty and MIXTURES[name] is not None) or not full & {d for d in weights if weights[d] > 0}:
         raise UserError(f"mixture {name!r} asks for {', '.join(empty) or 'data'}, but the data folder has no training "
                         f"window of {split.block_size} tokens there (it has: {', '.join(sorted(full)) or 'none'}); "
                         "prepare these domains, or choose another --mixture or a smaller --block_size")

@@ -2,10 +2,13 @@
 
 import errno
 import fcntl
+import io
 import os
 import time
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 from errors import UserError
 
@@ -26,6 +29,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """write_bytes of a text."""
     write_bytes(path, text.encode())
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """write_bytes of an array in NumPy's format."""
+    content = io.BytesIO()
+    np.save(content, array)
+    write_bytes(path, content.getvalue())
 
 
 def sync(path: Path) -> None:

@@ -121,6 +121,8 @@ def settings_of(args: argparse.Namespace) -> dict:
         raise UserError(f"--holdout {args.holdout}: {', '.join(wrong)} is not in --domains {args.domains}")
     if args.max_tokens_per_domain and args.part:
         raise UserError("--max_tokens_per_domain counts from the first document on, so it takes no --part")
+    if args.overwrite and args.part:
+        raise UserError("--overwrite would delete the other parts too: use it without --part, or delete the folder")
     return {"source": args.source, **source, "split": args.split, "schema": list(schema), "domains": domains,
             "holdout": holdout, "max_tokens_per_domain": args.max_tokens_per_domain, "dedup": args.dedup,
             "shard_tokens": args.shard_tokens}
@@ -185,9 +187,9 @@ def estimate(settings: dict, segments: list[Segment], tokenizer: tokenizers.Toke
                 document = sources.to_document(item, None, schema, {})
             except sources.BadRecord:
                 continue
+            if read < 1 << 16:
+                texts.append(str(document.utf8[:1 << 16], "utf-8", "ignore"))
             read += len(document.utf8)
-            if read < 1 << 18:
-                texts.append(str(document.utf8[:1 << 18], "utf-8", "ignore"))
             if read > 2 << 20:
                 position = at
                 break
@@ -213,10 +215,10 @@ def run_units(plan: units.Plan, work: Callable, todo: list[int], workers: int, s
     rate: bytes of shards per byte of input, to see early that the disk will not hold the rest; 0: unknown.
     """
     if workers == 1 or len(todo) == 1:  # in this process: a second one would only take time to start
-        pool = ThreadPoolExecutor(1, initializer=units.start_worker, initargs=(shared, None))
+        pool = ThreadPoolExecutor(1, initializer=units.start_worker, initargs=(shared, plan.tokenizer["name"], None))
     else:
         pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn"),
-                                   initializer=units.start_worker, initargs=(shared, lock))
+                                   initializer=units.start_worker, initargs=(shared, plan.tokenizer["name"], lock))
     begin, checked, start = time.monotonic(), time.monotonic(), bar.n
     try:
         pending = {pool.submit(work, plan.out, unit) for unit in todo}
@@ -251,14 +253,14 @@ def prepare(plan: units.Plan, args: argparse.Namespace, part: tuple[int, int], r
     context = multiprocessing.get_context("spawn")
     lock = plan.folder / f"lock_workers_{k}"
     files.lock(lock, f"{plan.out}: workers of a killed preparation still end", wait=30).close()
-    workers = args.workers
-    if plan.settings["max_tokens_per_domain"] and (args.skip_bad or plan.settings["dedup"]):
+    workers, limit = args.workers, plan.settings["max_tokens_per_domain"]
+    if limit and (args.skip_bad or plan.settings["dedup"]):
         workers = 1  # what is counted must not depend on how far others have read beyond the limit
 
     def go(work: Callable, todo: list[int], what: str, total: int, initial: int = 0) -> None:
         shared = units.Shared(context, args.skip_bad, sum(len(state["bad"]) for state in states.values()))
         with tqdm(total=total or None, initial=initial, unit="B", unit_scale=True, desc=what) as bar:
-            run_units(plan, work, todo, workers, shared, lock, bar, rate if work is units.work else 0)
+            run_units(plan, work, todo, workers, shared, lock, bar, rate if work is units.work and not limit else 0)
 
     def size(some: list[int]) -> int:
         return sum(segment.size for unit in some for segment in plan.units[unit])
@@ -272,8 +274,8 @@ def prepare(plan: units.Plan, args: argparse.Namespace, part: tuple[int, int], r
     what = f"{plan.settings['source']} -> {plan.tokenizer['name']}"
     if todo:
         go(units.work, todo, what, size(mine), finished)
-    while (unit := units.first_beyond_limit(plan)) is not None:  # now that those before it are done
-        plan.state_path(unit).unlink()
+    while limit and (unit := units.taken(plan, len(plan.units))[2]) is not None:
+        plan.state_path(unit).unlink()  # now that those before it are done
         go(units.work, [unit], f"unit {unit} up to the limit", size([unit]))
 
 
@@ -282,8 +284,7 @@ def finish(plan: units.Plan) -> None:
     content = units.summary(plan)
     if not content["domains"]:
         raise UserError("the source holds no document")
-    source = {key: value for key, value in plan.settings.items()}
-    manifest = {"schema": SCHEMA, "tokenizer": plan.tokenizer, "dtype": "uint16", "source": source, **content}
+    manifest = {"schema": SCHEMA, "tokenizer": plan.tokenizer, "dtype": "uint16", "source": plan.settings, **content}
     listed = {s["file"] for splits in content["domains"].values() for shards in splits.values() for s in shards}
     for path in units.shard_files(plan.out):  # beyond the limit of tokens
         if path.relative_to(plan.out).as_posix().replace(".kinds", "") not in listed:
@@ -295,7 +296,7 @@ def finish(plan: units.Plan) -> None:
         print(f"duplicates dropped in {domain}: {n:,}")
     if "skipped" in content:
         print(f"broken records left out: {len(content['skipped'])} (listed in the manifest)")
-    print(f"written to {plan.out}" + (f" ({sample_corpus.NOTE})" if source["source"] == "sample" else ""))
+    print(f"written to {plan.out}" + (f" ({sample_corpus.NOTE})" if plan.settings["source"] == "sample" else ""))
 
 
 def merge(out: Path) -> None:
@@ -448,6 +449,8 @@ def main() -> None:
         name = f"lock_{part[0]}" if args.part else "lock"
         with files.lock(out / "preparing" / name, f"{out}: another preparation writes there"):
             if args.overwrite:
+                for other in (out / "preparing").glob("lock_[0-9]*"):  # of parts that may be under way
+                    files.lock(other, f"{out}: a part is prepared there").close()
                 delete(out)
             elif is_complete(out, settings, described):  # another one finished it just now
                 shutil.rmtree(out / "preparing")
@@ -455,6 +458,8 @@ def main() -> None:
             plan = open_plan(out, settings, described, part[1], made)
             left = size - sum(segment.size for unit in range(part[0] - 1, len(made), part[1])
                               for segment in made[unit][:plan.state(unit)["segments"]])
+            if args.max_tokens_per_domain:  # validation, which has no limit, is checked while it is written
+                left = min(left, 2 * args.max_tokens_per_domain * len(plan.trained) / max(rate, 1e-9))
             check_disk(out, left * rate * 0.9)
             prepare(plan, args, part, rate)
             if args.part:
@@ -465,7 +470,7 @@ def main() -> None:
         if error.errno in files.NO_ROOM:
             raise UserError(f"no room left in {out} ({error.strerror}); what was written is kept: make room and run "
                             "the same command again to go on") from None
-        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"--out {out}: {error.strerror or error}; give a folder that can be written") from None
     return None
 
 

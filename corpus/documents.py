@@ -232,12 +232,12 @@ def read_parquet(path: Path, file: io.BufferedReader, segment: Segment,
     for group in range(segment.start, table.num_row_groups if segment.stop is None else segment.stop):
         info = table.metadata.row_group(group)
         size = sum(info.column(i).total_compressed_size for i in range(info.num_columns))
-        rows = max(1, min(1024, LARGE * info.num_rows // max(1, info.total_byte_size)))
+        rows, done = max(1, min(1024, LARGE * info.num_rows // max(1, info.total_byte_size))), 0
         for batch in table.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             names = batch.schema.names
             for i in range(batch.num_rows):
-                number += 1
-                yield before + size * i // batch.num_rows, number, {
+                number, done = number + 1, done + 1
+                yield before + size * done // info.num_rows, number, {
                     name: value(batch.column(j)[i]) for j, name in enumerate(names)}
         before += size
 

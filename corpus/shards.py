@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_bytes
+from files import write_npy
 from manifest import kinds_path
 
 BLOCK = 1 << 20
@@ -26,13 +26,13 @@ class ShardWriter:
         self.file = None
 
     def write(self, ids: np.ndarray, kind: str = "") -> None:
-        """Append a part of a document. kind: the document's label, where it has one."""
+        """Append a part of a document. ids: (n,) uint16; kind: the document's label, where it has one."""
         self.tokens += len(ids)
         while True:
             if self.file is None:
                 self._open({"file": self._name(), "tokens": 0, "documents": 0, "bytes": 0}, [])
             part = ids[:self.shard_tokens - self.info["tokens"]]
-            self.file.write(part.tobytes())
+            self.file.write(part)
             self.info["tokens"] += len(part)
             if self.runs and self.runs[-1][1] == kind:
                 self.runs.pop()  # neighbours of one kind are one run
@@ -42,11 +42,15 @@ class ShardWriter:
                 return
             self._finish()
 
-    def add(self, ids: np.ndarray, n_bytes: int, kind: str = "") -> None:
-        """Append a document's (last) tokens; the document counts to the shard that it ends in."""
-        self.write(ids, kind)
+    def end_document(self, n_bytes: int) -> None:
+        """Count the document whose last token was just written, to the shard that it ends in."""
         self.info["documents"] += 1
         self.info["bytes"] += n_bytes
+
+    def add(self, ids: np.ndarray, n_bytes: int, kind: str = "") -> None:
+        """Append a whole document."""
+        self.write(ids, kind)
+        self.end_document(n_bytes)
 
     def _name(self) -> str:
         return f"{self.stem}{f'_{len(self.shards):02d}' if self.shards else ''}.npy"
@@ -74,9 +78,8 @@ class ShardWriter:
         path = self.out / self.info["file"]
         if kinds := sorted({kind for _, kind in self.runs} - {""}):  # no index where no document has a label
             names = [*kinds, ""]
-            content = io.BytesIO()
-            np.save(content, np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64))
-            write_bytes(kinds_path(path), content.getvalue())
+            index = np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64)
+            write_npy(kinds_path(path), index)
         os.replace(f"{path}.tmp", path)
         self.shards.append({**self.info, "file_bytes": path.stat().st_size, "sha256": digest.hexdigest(),
                             **({"kinds": names} if kinds else {})})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -88,17 +88,19 @@ class Shared:
 
 
 _shared: Shared  # of this worker
+_tokenizer: tokenizers.Tokenizer
+_lock: IO
 
 
-def start_worker(shared: Shared, lock_path: Path | None) -> None:
+def start_worker(shared: Shared, tokenizer: str, lock_path: Path | None) -> None:
     """Called once in each worker. lock_path: what a process of its own holds while it lives; None in a thread."""
-    global _shared
-    _shared = shared
+    global _shared, _tokenizer, _lock
+    _shared, _tokenizer = shared, tokenizers.load(tokenizer)
     if lock_path:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
         # A killed parent cannot ask: its workers end with it, and the lock tells when the last one has.
         threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-        globals()["_lock"] = files.lock(lock_path, "another preparation starts", shared=True, wait=30)
+        _lock = files.lock(lock_path, "another preparation starts", shared=True, wait=30)
 
 
 def documents_of(plan: Plan, segment: Segment,
@@ -131,14 +133,11 @@ def work(out: Path, unit: int) -> None:
 
 def _work(plan: Plan, unit: int) -> None:
     state, segments = plan.state(unit), plan.units[unit]
-    tokenizer = tokenizers.load(plan.tokenizer["name"])
-    eot, dropped = np.array([tokenizer.eot_token], dtype=np.uint16), frozenset()
-    if plan.settings["dedup"]:
-        dropped = frozenset(np.load(plan.dropped_path(unit)).tolist())
+    dropped = frozenset(np.load(plan.dropped_path(unit)).tolist() if plan.settings["dedup"] else ())
     writers = restore_writers(plan, unit, state)
     limit, left, closed = plan.settings["max_tokens_per_domain"], {}, set(state["closed"])
     if limit:
-        used, closed_before = taken_before(plan, unit)
+        used, closed_before, _ = taken(plan, unit)
         left, closed = {d: limit - n for d, n in used.items()}, closed | closed_before
     committed = time.monotonic()
 
@@ -160,15 +159,16 @@ def _work(plan: Plan, unit: int) -> None:
                 if key not in writers:
                     writers[key] = ShardWriter(plan.out, document.domain, document.split,
                                                plan.settings["shard_tokens"], unit)
-                pieces, before = encode(tokenizer.encode_to_numpy, document.text), writers[key].tokens
+                pieces = encode(_tokenizer.encode_to_numpy, document.text, _tokenizer.eot_token)
+                before = writers[key].tokens
                 if limit and document.split == "train":
                     pieces = list(pieces)
-                    if before + sum(map(len, pieces)) + 1 > left.get(document.domain, limit):
+                    if before + sum(map(len, pieces)) > left.get(document.domain, limit):
                         closed.add(document.domain)  # what follows in this domain is beyond the limit, also if shorter
                         continue
                 for piece in pieces:
                     writers[key].write(piece, document.kind)
-                writers[key].add(eot, len(document.utf8), document.kind)
+                writers[key].end_document(len(document.utf8))
                 texts, tokens = texts + len(document.utf8), tokens + writers[key].tokens - before
             document = None
             if time.monotonic() - told > 0.2:
@@ -210,14 +210,17 @@ def shard_files(out: Path, unit: int | None = None) -> list[Path]:
     return [path for path in out.glob("*/*.npy*") if pattern.fullmatch(path.name)]
 
 
-def encode(encode_to_numpy: Callable[[str], np.ndarray], text: Text) -> Iterator[np.ndarray]:
-    """A document's (n,) uint16 tokens, of a large one in pieces, equal to those of the whole text.
+def encode(encode_to_numpy: Callable[[str], np.ndarray], text: Text, eot: int) -> Iterator[np.ndarray]:
+    """A document's (n,) uint16 tokens and its end-of-text, of a large one in pieces: the tokens of the whole text.
 
     A piece ends between a character that is no whitespace and a space or line feed: no match of GPT-2's pattern
     reaches across, and none looks further than the whitespace that follows it.
     """
     if isinstance(text, str):
-        yield encode_to_numpy(text)
+        ids = encode_to_numpy(text)
+        whole = np.empty(len(ids) + 1, dtype=np.uint16)  # np.append takes three times as long
+        whole[:-1], whole[-1] = ids, eot
+        yield whole
         return
     start, size = 0, PIECE
     while start < len(text):
@@ -233,6 +236,7 @@ def encode(encode_to_numpy: Callable[[str], np.ndarray], text: Text) -> Iterator
             piece = piece[:len(piece) - len(piece[-4096:]) + cut] if cut else piece
         yield encode_to_numpy(piece)
         start, size = start + len(piece.encode()), PIECE
+    yield np.array([eot], dtype=np.uint16)
 
 
 def write_hashes(out: Path, unit: int) -> None:
@@ -251,10 +255,10 @@ def write_hashes(out: Path, unit: int) -> None:
             if items % 1024 == 0 and _shared.stop.is_set():
                 return
         _shared.add(segment.size)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # parts on several machines may write the same file
     table = np.array(rows, dtype=np.uint64).reshape(-1, 3).T
-    with open(temporary, "wb") as file:
-        np.save(file, np.ascontiguousarray(table[:, np.lexsort(table[1::-1])]))
+    # Parts on several machines may make the same file at once: each under a temporary name of its own.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{time.time_ns()}")
+    files.write_npy(temporary, np.ascontiguousarray(table[:, np.lexsort(table[1::-1])]))
     os.replace(temporary, path)
 
 
@@ -281,44 +285,31 @@ def find_duplicates(plan: Plan, mine: set[int], memory: int = 256 << 20) -> None
             if order[i] in mine:
                 dropped[order[i]].append(rows[2, again[owner[again] == i]])
     for unit, found in dropped.items():
-        with open(plan.folder / f"dropped_{unit:05d}.npy", "wb") as file:
-            np.save(file, np.sort(np.concatenate(found)) if found else np.zeros(0, np.uint64))
+        numbers = np.sort(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+        files.write_npy(plan.dropped_path(unit), numbers)
 
 
-def taken_before(plan: Plan, unit: int) -> tuple[dict[str, int], set[str]]:
-    """(training tokens per domain, domains closed) of the units before `unit`, up to the first that is not done.
+def taken(plan: Plan, before: int) -> tuple[dict[str, int], set[str], int | None]:
+    """(training tokens per domain, closed domains, first unit beyond the limit) of the units below `before`.
 
-    A domain is closed by the first document that does not fit into max_tokens_per_domain.
+    A domain is closed by the first document that does not fit into max_tokens_per_domain. A unit that began before
+    earlier ones were done may have taken more than they left to it: it is named, to be done again. Counting ends there,
+    or at the first unit that is not done.
     """
     used: dict[str, int] = {}
     closed: set[str] = set()
-    for earlier in range(unit):
-        state = plan.state(earlier)
+    for unit in range(before):
+        state = plan.state(unit)
         if not state["done"]:
             break
         for key, writer in state["writers"].items():
             domain, split = key.split("/")
             if split == "train" and domain not in closed:
                 used[domain] = used.get(domain, 0) + sum(s["tokens"] for s in writer["shards"])
+        if any(n > plan.settings["max_tokens_per_domain"] for n in used.values()):
+            return used, closed, unit
         closed |= set(state["closed"])
-    return used, closed
-
-
-def first_beyond_limit(plan: Plan) -> int | None:
-    """The first unit that took more than max_tokens_per_domain leaves to it: it began before earlier ones were done."""
-    limit = plan.settings["max_tokens_per_domain"]
-    used: dict[str, int] = {}
-    closed: set[str] = set()
-    for unit in range(len(plan.units)) if limit else ():
-        state = plan.state(unit)
-        for key, writer in state["writers"].items():
-            domain, split = key.split("/")
-            if split == "train" and domain not in closed:
-                used[domain] = used.get(domain, 0) + sum(s["tokens"] for s in writer["shards"])
-        if any(n > limit for n in used.values()):
-            return unit
-        closed |= set(state["closed"])
-    return None
+    return used, closed, None
 
 
 def summary(plan: Plan) -> dict:
