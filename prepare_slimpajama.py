@@ -23,7 +23,6 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import files
@@ -33,7 +32,7 @@ from configurator import Parser
 from corpus import documents as sources
 from corpus import units
 from corpus.documents import HELD_OUT, SUFFIXES, Segment
-from corpus.shards import verify_shard
+from corpus.verify import table, verify
 from errors import UserError, nearest, run
 from manifest import DOMAINS, SCHEMA, read_manifest
 
@@ -316,51 +315,6 @@ def merge(out: Path) -> None:
         if not path.is_file() or path.stat().st_size != shard["file_bytes"]:
             raise UserError(f"--merge: {path} is missing or cut short; copy it again, or begin anew with --overwrite")
     finish(plan)
-
-
-def verify(folder: Path, workers: int) -> None:
-    """Read a prepared folder again; a line for each shard that is not as the manifest says, then UserError."""
-    manifest = read_manifest(folder)
-    tokenizer = tokenizers.load(manifest["tokenizer"]["name"])
-    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{folder} was made with another version of tokenizer {tokenizer.name!r}")
-    token_bytes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)])
-    token_bytes[tokenizer.eot_token] = 0
-    listed = [s for splits in manifest["domains"].values() for shards in splits.values() for s in shards]
-    wrong, held = [], {}
-    with tqdm(total=sum(s["file_bytes"] for s in listed), unit="B", unit_scale=True, desc="verify") as bar, \
-            ThreadPoolExecutor(workers) as pool:  # hashing and counting let go of the interpreter's lock
-        def check(info: dict) -> str | None:
-            return verify_shard(folder, info, tokenizer.n_vocab, tokenizer.eot_token, token_bytes)
-        for info, problem in zip(listed, pool.map(check, listed), strict=True):
-            bar.update(info["file_bytes"])
-            if problem:
-                wrong.append(f"{folder / info['file']} {problem}")
-    for domain, splits in manifest["domains"].items():
-        for split, shards in splits.items():
-            held = sum(s["bytes"] for s in shards)
-            counted = sum(s.get("counted_bytes", 0) for s in shards)
-            if not wrong and counted != held:
-                wrong.append(f"{folder}/{domain}: {split} holds {counted:,} bytes of text, the manifest says {held:,}")
-    print(table(manifest["domains"]))
-    for line in wrong:
-        print(line)
-    if wrong:
-        raise UserError(f"{folder}: {len(wrong)} of {len(listed)} shards are not as the manifest says, the first: "
-                        f"{wrong[0]}; restore them or prepare the data again with --overwrite")
-    print(f"{folder}: {len(listed):,} shards are as the manifest says")
-
-
-def table(domains: dict) -> str:
-    """Tokens, documents and bytes per domain and split."""
-    lines = [f"{'domain':<15}{'split':<7}{'documents':>12}{'MB of text':>12}{'tokens':>17}{'bytes/token':>13}"
-             f"{'shards':>8}"]
-    for domain, splits in domains.items():
-        for split, shards in splits.items():
-            documents, n_bytes, tokens = (sum(s[key] for s in shards) for key in ("documents", "bytes", "tokens"))
-            lines.append(f"{domain:<15}{split:<7}{documents:>12,}{n_bytes / 1e6:>12,.2f}{tokens:>17,}"
-                         f"{n_bytes / tokens:>13.2f}{len(shards):>8,}")
-    return "\n".join([*lines, "(tokens: with one end-of-text for each document)"])
 
 
 def is_complete(out: Path, settings: dict, tokenizer: dict) -> bool:

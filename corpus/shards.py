@@ -1,4 +1,4 @@
-"""Token shards: written whole or not at all, continued after an interruption, read again to be verified."""
+"""Token shards: written whole or not at all, continued after an interruption."""
 
 import hashlib
 import io
@@ -125,44 +125,3 @@ def _digest(file: io.BufferedRandom) -> "hashlib._Hash":
     while block := file.read(BLOCK):
         digest.update(block)
     return digest
-
-
-def verify_shard(out: Path, info: dict, n_vocab: int, eot: int, token_bytes: np.ndarray) -> str | None:
-    """What is wrong with a shard, read again from beginning to end; None if nothing is.
-
-    token_bytes: (n_vocab,) length of each token's text, 0 for end-of-text. A shard's documents are those that end in
-    it, so bytes of text are compared over a whole domain, by the caller, through info["counted_bytes"].
-    """
-    path = out / info["file"]
-    if not path.is_file():
-        return "is missing"
-    if (size := path.stat().st_size) != info["file_bytes"]:
-        return f"has {size:,} bytes, the manifest says {info['file_bytes']:,}"
-    counts = np.zeros(65536, dtype=np.int64)
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            header = file.read(len(npy_header(0)))
-            digest.update(header)
-            while block := file.read(BLOCK):
-                digest.update(block)
-                counts += np.bincount(np.frombuffer(block, "<u2"), minlength=65536)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if digest.hexdigest() != info["sha256"]:
-        return "has another sha256 than the manifest says"
-    if header != npy_header(info["tokens"]) or counts.sum() != info["tokens"]:
-        return f"holds {counts.sum():,} tokens, the manifest says {info['tokens']:,}"
-    if len(outside := np.flatnonzero(counts[n_vocab:])):
-        return f"holds token {n_vocab + outside[0]}, the tokenizer has {n_vocab:,}"
-    if counts[eot] != info["documents"]:
-        return f"holds {counts[eot]:,} ends of documents, the manifest says {info['documents']:,}"
-    info["counted_bytes"] = int(counts[:n_vocab] @ token_bytes)
-    if "kinds" in info:
-        try:
-            index = np.load(kinds_path(path))
-        except (OSError, ValueError):
-            return f"has no readable {kinds_path(path).name}"
-        if index[-1, 0] != info["tokens"]:
-            return f"has an index of {index[-1, 0]:,} tokens, not of {info['tokens']:,}"
-    return None
