@@ -220,10 +220,11 @@ def run_units(plan: units.Plan, work: Callable, todo: list[int], workers: int, s
                                    initializer=units.start_worker, initargs=(shared, plan.tokenizer["name"], lock))
     begin, checked, start = time.monotonic(), time.monotonic(), bar.n
     try:
-        pending = {pool.submit(work, plan.out, unit) for unit in todo}
+        unit_of = {pool.submit(work, plan.out, unit): unit for unit in todo}
+        pending = set(unit_of)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            for future in done:
+            for future in sorted(done, key=unit_of.get):  # of several errors the first in the source
                 future.result()
             n, text, tokens, _ = shared.counters
             seconds = time.monotonic() - begin

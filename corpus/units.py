@@ -121,10 +121,16 @@ def documents_of(plan: Plan, segment: Segment,
 
 def work(out: Path, unit: int) -> None:
     """Bring a unit to its end, from where its state says; returns early when a stop is wished for."""
+    if _shared.stop.is_set():
+        return
     plan = Plan(out)
     try:
         _work(plan, unit)
+    except UserError:
+        _shared.stop.set()  # at once: the parent looks only five times a second
+        raise
     except OSError as error:
+        _shared.stop.set()
         if error.errno in files.NO_ROOM:
             raise UserError(f"no room left in {plan.out} ({error.strerror}); what was written is kept: make room and "
                             "run the same command again to go on") from None
