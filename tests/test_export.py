@@ -270,7 +270,7 @@ SOURCES = {  # case -> what is done to the folder of a GPT-2, flags, words of th
     "another activation": (lambda f: changed(f, activation_function="relu"), [], ["activation_function relu"]),
     "an untied head": (lambda f: changed(f, tie_word_embeddings=False), [], ["tie_word_embeddings False"]),
     "another width of the MLP": (lambda f: changed(f, n_inner=64), [], ["n_inner 64", "192"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), [], ["no file named model.safetensors"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), [], ["cannot be opened", "model.safetensors"]),
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x08" * 100), [], ["cannot be opened"]),
     "cut weights": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-99]), [],
                     ["cannot be opened"]),
