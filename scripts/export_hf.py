@@ -28,6 +28,7 @@ from checkpoint import read_json
 from configurator import Parser
 from errors import UserError, run
 from eval.perplexity import find_run
+from model import import_transformers
 from train import MAY_CHANGE, TrainConfig
 
 EOT = "<|endoftext|>"
@@ -195,6 +196,7 @@ ICLR 2025, [arXiv:2502.06733](https://arxiv.org/abs/2502.06733).
 
 def write_folder(to: Path, write: Callable[[Path], None]) -> None:
     """Call write(folder) on a temporary folder and give it the name `to`: whole or absent."""
+    from safetensors import SafetensorError  # only where transformers is installed
     to = to.resolve()
     temporary = to.with_name(f"{to.name}.tmp")
     try:
@@ -209,8 +211,9 @@ def write_folder(to: Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, to)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--to {to} cannot be written ({error.strerror or error}); give another folder") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--to {to} cannot be written ({reason}); give another folder") from None
 
 
 def main() -> None:
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="run folder, or one of its checkpoints")
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder to write, new or empty (default: RUN/hf)")
     args = parser.parse_args()
+    import_transformers()
     run_dir, folder = find_run(args.run)
     config, state = read_json(run_dir / "config.json"), read_json(folder / "state.json")
     for (file, keys), content in zip(NEEDED.items(), (config, state), strict=True):

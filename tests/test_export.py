@@ -20,7 +20,7 @@ import train
 from model import GPT, GPTConfig
 from prepare_slimpajama import read_lines
 
-tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+safetensors, tokenizers, transformers = map(pytest.importorskip, ("safetensors", "tokenizers", "transformers"))
 BYTES, GPT2 = tokenizer.load("bytes"), tokenizer.load("gpt2")
 
 
@@ -175,9 +175,11 @@ def test_model_card(sample_data, tmp_path):
     assert (tmp_path / "run" / "hf" / "README.md").read_text().count("not evaluated") == 1
 
 
-def test_the_folder_is_whole_or_absent(exported, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   safetensors.SafetensorError("No space left on device (os error 28)")])
+def test_the_folder_is_whole_or_absent(error, exported, tmp_path, monkeypatch):
     def full(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", full)
     expect_error(export(exported["bytes"][0], "--to", tmp_path / "out"), "No space left")
     assert not list(tmp_path.iterdir())
