@@ -34,6 +34,26 @@ from train import MAY_CHANGE, TrainConfig
 EOT = "<|endoftext|>"
 NEEDED = {"config.json": ("data_dir", "mixture", "reweight", "global_batch_size", "block_size", "max_steps"),
           "state.json": ("step", "gpt", "tokenizer_sha256")}
+USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this folder
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+```
+
+```
+lm_eval --model hf --model_args pretrained=FOLDER --tasks lambada_openai
+```
+"""
+CITATION = """## License and citation
+
+MIT. The method: Sow et al., *Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining*,
+ICLR 2025, [arXiv:2502.06733](https://arxiv.org/abs/2502.06733).
+"""
 
 
 def write_tokenizer(name: str, block_size: int, folder: Path) -> None:
@@ -155,21 +175,7 @@ A GPT-2 ({gpt["n_layer"]} layers, {gpt["n_head"]} heads, width {gpt["n_embd"]}, 
 {parameters:,} parameters) trained with nanoReweight from {start} for {step:,} of {config["max_steps"]:,} steps.
 It is a research model that continues text; nothing was done to make it follow instructions or refuse them.
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this folder
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-prompt = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
-```
-
-```
-lm_eval --model hf --model_args pretrained=FOLDER --tasks lambada_openai
-```
-
+{USE}
 Tokenizer: {tokens.name}, {tokens.n_vocab:,} tokens. Documents ended with token {tokens.eot_token}, `{EOT}`; the
 tokenizer takes these characters within a text for plain text, as in training.
 
@@ -187,11 +193,7 @@ tokenizer takes these characters within a text for plain text, as in training.
 ## Results
 
 {results(run_dir, step)}{dropped}
-## License and citation
-
-MIT. The method: Sow et al., *Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining*,
-ICLR 2025, [arXiv:2502.06733](https://arxiv.org/abs/2502.06733).
-"""
+{CITATION}"""
 
 
 def write_folder(to: Path, write: Callable[[Path], None]) -> None:
@@ -235,7 +237,7 @@ def main() -> None:
     def write(target: Path) -> None:
         model = checkpoint.load_model(folder).to_pretrained(tokens.n_vocab, tokens.eot_token)
         write_tokenizer(name, model.config.n_positions, target)
-        (target / "README.md").write_text(card(run_dir, config, state, tokens, model.num_parameters()))
+        checkpoint.write_text(target / "README.md", card(run_dir, config, state, tokens, model.num_parameters()))
         model.save_pretrained(target, max_shard_size="1TB")  # one file
         shutil.copymode(target / "config.json", target / "model.safetensors")  # the writer lets nobody else read it
 
