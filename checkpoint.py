@@ -98,8 +98,7 @@ def read_json(path: Path) -> dict:
 
 def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
     """Model and optimizer state on the CPU, for distributed.set_state; UserError if they are of another model."""
-    saved = GPTConfig(**read_json(Path(folder) / "state.json")["gpt"])
-    saved = replace(saved, dropout=config.dropout)  # no part of the shape
+    saved = replace(read_shape(folder), dropout=config.dropout)  # no part of the shape
     if saved != config:
         differ = ", ".join(f"{k} {v} there, {getattr(config, k)} here"
                            for k, v in asdict(saved).items() if v != getattr(config, k))
@@ -107,9 +106,19 @@ def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
     return _read(folder, "model.pt"), _read(folder, "optimizer.pt")
 
 
+def read_shape(folder: Path) -> GPTConfig:
+    """The shape of the checkpoint's model."""
+    path = Path(folder) / "state.json"
+    try:
+        return GPTConfig(**read_json(path)["gpt"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} does not say the model's shape; restore it, or use the train.py that wrote it"
+                        ) from None
+
+
 def load_model(folder: Path) -> GPT:
     """The checkpoint's model, on the CPU."""
-    model = GPT(GPTConfig(**read_json(Path(folder) / "state.json")["gpt"]))
+    model = GPT(read_shape(folder))
     model.load_state_dict(_read(folder, "model.pt"))
     return model
 

@@ -7,9 +7,12 @@ Linear ones transposed.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,77 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
-        """A GPT with the weights of a Hugging Face GPT-2 (hub name or local folder); needs `transformers`."""
-        from transformers import GPT2LMHeadModel  # only here: training needs no transformers
-        source = GPT2LMHeadModel.from_pretrained(name_or_folder)
-        c = source.config
-        model = cls(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size))
-        weights = {name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
-                   for name, p in source.transformer.state_dict().items()}
-        model.load_state_dict(weights)
+        """A GPT with the weights of a Hugging Face GPT-2 (hub name or folder); UserError if there are none."""
+        config, transformers = pretrained_config(name_or_folder), import_transformers()
+        try:
+            source, found = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
+        except Exception as error:  # of the hub, or of the reader of a damaged file
+            raise not_opened(name_or_folder, error) from None
+        if lacking := sorted(found["missing_keys"]):
+            raise UserError(f"{name_or_folder}: its weights lack {lacking[0]}" +
+                            (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "") + "; restore the file")
+        model = cls(config)
+        model.load_state_dict(conv1d_transposed(source.transformer.state_dict()))
         return model
+
+    def to_pretrained(self, n_vocab: int, eot_token: int) -> nn.Module:
+        """transformers' GPT2LMHeadModel with these weights, without the rows of the vocabulary from n_vocab on."""
+        transformers, c = import_transformers(), self.config
+        target = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout, bos_token_id=eot_token,
+            eos_token_id=eot_token))
+        weights = conv1d_transposed(self.state_dict())
+        target.transformer.load_state_dict({**weights, "wte.weight": weights["wte.weight"][:n_vocab]})
+        return target
+
+
+def conv1d_transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights with those matrices transposed that Hugging Face keeps the other way round; its own inverse."""
+    return {name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
+            for name, p in weights.items()}
+
+
+# What GPT has no setting for: key of a Hugging Face GPT-2's config -> the values that give what GPT computes.
+HF_FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
+            "add_cross_attention": (False,)}
+
+
+def pretrained_config(name_or_folder: str) -> GPTConfig:
+    """The shape of a Hugging Face GPT-2, from its config.json alone; UserError if there is none that GPT computes."""
+    transformers = import_transformers()
+    try:
+        content, _ = transformers.GPT2Config.get_config_dict(name_or_folder)
+        kind, c = content.get("model_type"), transformers.GPT2Config.from_dict(content)
+    except Exception as error:  # of the hub, the file or its content
+        raise not_opened(name_or_folder, error) from None
+    if kind != "gpt2":
+        what = f"is a model of type {kind}" if kind else "has no config.json that names a model_type"
+        raise UserError(f"{name_or_folder} {what}; only gpt2 can be opened here")
+    for key, allowed in {**HF_FIXED, "n_inner": (None, 4 * c.n_embd)}.items():
+        if getattr(c, key) not in allowed:
+            raise UserError(f"{name_or_folder} has {key} {getattr(c, key)}; only {' or '.join(map(str, allowed))} is "
+                            "computed here")
+    return GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size)
+
+
+def import_transformers():
+    """The library, without its remarks; only moving weights in and out needs it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("transformers is not installed: pip install -r requirements-eval.txt") from None
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def not_opened(name_or_folder: str, error: Exception) -> UserError:
+    """What to say of a Hugging Face GPT-2 that does not open."""
+    if Path(name_or_folder).exists():
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        return UserError(f"{name_or_folder} cannot be opened as a Hugging Face GPT-2 ({reason}); it must be a folder "
+                         "with config.json and model.safetensors")
+    return UserError(f"{name_or_folder} is neither a folder here nor a GPT-2 that the Hugging Face hub gives; without "
+                     f"internet, download config.json and model.safetensors of https://huggingface.co/{name_or_folder} "
+                     "elsewhere and give the folder that holds them")

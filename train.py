@@ -24,6 +24,7 @@ from torch import Tensor
 import checkpoint
 import data
 import distributed
+import pretrained
 from configurator import parse
 from distributed import print0
 from errors import UserError, run
@@ -38,7 +39,8 @@ from telemetry import Telemetry
 @dataclass(frozen=True)
 class TrainConfig:
     # model and data
-    model: Literal[tuple(SIZES)] = "124m"  # size, a row of SIZES in model.py
+    model: Literal[("auto", *SIZES)] = "auto"  # size, a row of SIZES in model.py; auto: that of init_from, or 124m
+    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, ..., a Hugging Face folder, a run; empty: random
     block_size: int = 512  # tokens per sequence
     dropout: float = 0.1  # probability, as published
     data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
@@ -130,9 +132,10 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
                         (f"use --micro_batch_size {fits[-1]}" if fits else f"use a multiple of {world_size}"))
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     pick = {"dtype": "bfloat16" if bf16 else "float32", "compile": "on" if device == "cuda" else "off"}
+    pick["model"] = f"from_{Path(config.init_from).name}" if config.init_from else "124m"
+    config = replace(config, **{key: value for key, value in pick.items() if getattr(config, key) == "auto"})
     out_dir = config.out_dir or f"runs/{config.model}_{config.mixture}_{config.reweight}_seed{config.seed}"
-    return replace(config, device=device, micro_batch_size=B, out_dir=out_dir,
-                   **{key: value for key, value in pick.items() if getattr(config, key) == "auto"})
+    return replace(config, device=device, micro_batch_size=B, out_dir=out_dir)
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -268,12 +271,14 @@ def main() -> None:
     sampler = data.DomainSampler(data.mixture_weights(config.mixture, train), train.n_windows,
                                  config.global_batch_size, config.seed)
     val_windows = validation_windows(val, config.eval_windows)
-    # A multiple of 64 makes the head's matrix product fast; the padding rows are never a target.
-    gpt = replace(SIZES[config.model], block_size=config.block_size, dropout=config.dropout,
-                  vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
-    print0(describe(config, gpt, sampler, train, W))
     out_dir, this = Path(config.out_dir), identity(config, data_hash(manifest), W)
     resumed, start = checkpoint.find_resumable(out_dir, this, config.resume, config.max_steps)
+    # A multiple of 64 makes the head's matrix product fast; the padding rows are never a target.
+    gpt = replace(SIZES.get(config.model, SIZES["124m"]), block_size=config.block_size, dropout=config.dropout,
+                  vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
+    if config.init_from:
+        gpt = pretrained.source_config(str(resumed or config.init_from), gpt, config.model, manifest["tokenizer"])
+    print0(describe(config, gpt, sampler, train, W))
     if config.dry_run:
         return
     if start == config.max_steps:
@@ -287,7 +292,7 @@ def main() -> None:
                         "must be one folder that all nodes see")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    raw = GPT(gpt).to(device)
+    raw = (pretrained.load_source(config.init_from, gpt) if config.init_from and not resumed else GPT(gpt)).to(device)
     if config.compile == "on":
         raw.compile()
     model = distributed.data_parallel(raw, raw.h, device, config.parallel)

@@ -9,8 +9,8 @@ if [ ! -e .venv/bin/activate ]; then
   "${PYTHON:-python3}" -m venv .venv || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
 fi
 source .venv/bin/activate
-if ! cat requirements.txt "$1" | cmp -s - ".venv/$1.installed"; then
+if ! cat requirements*.txt | cmp -s - ".venv/$1.installed"; then
   echo "== installing $1 (about 2 minutes)"
   python -m pip install -q --disable-pip-version-check -r "$1"
-  cat requirements.txt "$1" > ".venv/$1.installed"
+  cat requirements*.txt > ".venv/$1.installed"
 fi
