@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import UserError
 from model import GPT, Cache
+
+NOT_FINITE = "the model's output is not finite: its run has diverged"
 
 
 @torch.inference_mode()
@@ -36,15 +39,16 @@ def generate(model: GPT, prompts: list[list[int]], max_tokens: int, n_vocab: int
         mask = ((slots < lengths[:, None]) | (slots >= T))[:, None, None]  # (B, 1, 1, T + steps - 1): all but padding
         caches = [Cache(len(slots)) for _ in model.h]
         x = model.hidden(idx, caches)[torch.arange(len(rows), device=device), lengths - 1]  # (B, C)
-        for t in range(steps):
-            if t:
-                x = model.hidden(ids[:, None], caches, (lengths + t - 1)[:, None], mask[..., :T + t])[:, 0]
+        for t in range(1, steps + 1):
+            if not x.isfinite().all():
+                raise UserError(NOT_FINITE)
             ids = pick(F.linear(x, model.wte.weight[:n_vocab]).float())  # (B,)
             for i, token in enumerate(ids.tolist()):
                 if i in going:
                     new[i].append(token)
                     if finished(new[i]):
                         going.remove(i)
-            if not going:
+            if not going or t == steps:
                 break
+            x = model.hidden(ids[:, None], caches, (lengths + t - 1)[:, None], mask[..., :T + t])[:, 0]
     return new
