@@ -1,6 +1,6 @@
 """GPT-2 in plain torch: one class per layer kind, one row per size.
 
-B sequences, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary.
+B sequences, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S tokens seen so far.
 Parameter names follow Hugging Face's GPT-2, so that weights move in both directions; its Conv1D matrices are our
 Linear ones transposed.
 """
@@ -37,6 +37,21 @@ SIZES: dict[str, GPTConfig] = {
 }
 
 
+class Cache:
+    """Keys and values of the tokens that one attention layer has seen, so that generation computes each token once."""
+
+    def __init__(self, size: int):
+        self.size, self.used, self.kv = size, 0, None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, D) of new tokens -> (B, H, S, D) of all."""
+        if self.kv is None:
+            self.kv = k.new_empty(2, *k.shape[:2], self.size, k.shape[3])
+        start, self.used = self.used, self.used + k.size(2)
+        self.kv[0, :, :, start:self.used], self.kv[1, :, :, start:self.used] = k, v
+        return self.kv[0, :, :, :self.used], self.kv[1, :, :, :self.used]
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -44,11 +59,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, dropout_p=dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -71,8 +88,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -100,15 +117,24 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T) token ids -> (B, T, V) logits, or with (B, T) targets -> (B, T) float32 token losses in nats."""
+    def hidden(self, idx: Tensor, caches: list[Cache] | None = None, position: Tensor | None = None,
+               mask: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C), of which the logits are a linear function.
+
+        caches: one per block; idx are then the tokens after those in it, at `position` (B, T), and see the slots where
+        `mask` (B, 1, T, S) is true. The first tokens of an empty cache need neither.
+        """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens, but the model has {self.config.block_size} positions"
-        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)
+        x = self.wte(idx) + (self.wpe.weight[:T] if position is None else self.wpe(position))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        for i, block in enumerate(self.h):
+            x = block(x) if caches is None else block(x, caches[i], mask)
+        return self.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, V) logits, or with (B, T) targets -> (B, T) float32 token losses in nats."""
+        logits = F.linear(self.hidden(idx), self.wte.weight)  # (B, T, V)
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")

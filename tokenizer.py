@@ -83,6 +83,14 @@ def load(name: str) -> Tokenizer:
     raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")
 
 
+def find(sha256: str | None) -> Tokenizer:
+    """The tokenizer with a hash that a run's state.json names; UserError if it is none of ours."""
+    for tokens in map(load, NAMES):
+        if tokens.sha256 == sha256:
+            return tokens
+    raise UserError(f"the model was trained with a tokenizer that is none of {', '.join(NAMES)}; it cannot read text")
+
+
 def is_that_of(name: str, model: str) -> bool:
     """Whether the tokenizer beside a Hugging Face model (hub name or folder) gives the ids of ours, as far as is known:
     a model without one is taken at its word."""
