@@ -30,10 +30,11 @@ def generate(model: GPT, prompts: list[list[int]], max_tokens: int, n_vocab: int
     block_size, device = model.config.block_size, model.wte.weight.device
     new, going = [[] for _ in prompts], set(range(len(prompts)))
     while going and (remaining := max_tokens - max(map(len, new))):
-        rows = [(p + n)[-(block_size - min(remaining, block_size // 2)):] for p, n in zip(prompts, new, strict=True)]
+        kept = block_size + 1 - min(remaining, (block_size + 1) // 2)  # plus 1: the last token is not fed back
+        rows = [(p + n)[-kept:] for p, n in zip(prompts, new, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
         T = max(map(len, rows))
-        steps = min(remaining, block_size - T + 1)  # the last token is not fed back
+        steps = min(remaining, block_size + 1 - T)
         idx = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T), padded on the right
         slots = torch.arange(T + steps - 1, device=device)
         mask = ((slots < lengths[:, None]) | (slots >= T))[:, None, None]  # (B, 1, 1, T + steps - 1): all but padding

@@ -39,6 +39,7 @@ from configurator import Parser
 from distributed import print0
 from errors import UserError, nearest, run
 from eval.perplexity import find_run
+from files import write_text
 from generate import NOT_FINITE, generate
 from model import GPT
 
@@ -175,13 +176,19 @@ class Harness(TemplateLM):
         ids = torch.zeros(len(requests), max(most for _, most in groups), dtype=torch.int64)  # plus 1; 0: none
         for (stops, most), group in groups.items():
             for batch in self.batches(sorted(group, key=lambda job: -len(job[0]))):
-                with self.autocast():
-                    new = generate(self.model, [prompt for prompt, _ in batch], most, self.tokens.n_vocab,
-                                   finished=partial(self.has_stop, stops))
-                for (_, i), tokens in zip(batch, new, strict=True):
+                prompts, mine = zip(*batch, strict=True)
+                try:
+                    with self.autocast():
+                        new = generate(self.model, list(prompts), most, self.tokens.n_vocab,
+                                       finished=partial(self.has_stop, stops))
+                except UserError:  # of this rank alone, perhaps: it must still meet the others
+                    new = [[-2]] * len(batch)
+                for i, tokens in zip(mine, new, strict=True):
                     ids[i, :len(tokens)] = torch.tensor(tokens) + 1
-        texts = (self.tokens.decode([t - 1 for t in row if t and t - 1 != self.eot_token_id])
-                 for row in self.of_all_ranks(ids).tolist())
+        ids = self.of_all_ranks(ids)
+        if ids.min() < 0:
+            raise UserError(NOT_FINITE)
+        texts = (self.tokens.decode([t - 1 for t in row if t and t - 1 != self.eot_token_id]) for row in ids.tolist())
         return [postprocess_generated_text(text, stops, None) for text, stops in zip(texts, stops_of, strict=True)]
 
     def has_stop(self, stops: tuple[str, ...], new: list[int]) -> bool:
@@ -212,8 +219,8 @@ def what_is_wrong(error: Exception) -> str:
         return (f"its data set is a loading script, which datasets 4 and later do not run ({first}); leave the task "
                 "out, or give converted data as a local task (--include_path)")
     if isinstance(error, OSError):
-        return (f"its data is not in the cache and cannot be fetched ({first}); fill the cache where there is "
-                "internet, or leave the task out")
+        return (f"its data is neither in the cache nor to be had ({first}); fill the cache where there is internet, "
+                "correct the paths of a local task, or leave it out")
     return f"the harness cannot load or count it ({first}); correct the task or leave it out"
 
 
@@ -380,7 +387,7 @@ def main() -> None:
             raise UserError(f"--batch_size {args.batch_size}: does not fit in the GPU's memory; give a smaller one"
                             ) from None
         if args.to and record["tasks"] and distributed.ranks().rank == 0:
-            checkpoint.write_text(args.to, json.dumps(record, indent=1))
+            write_text(args.to, json.dumps(record, indent=1))
     if not record["tasks"]:
         (name, why), *others = record["failed"].items()
         raise UserError(f"task {name}: {why}" + (f" ({len(others)} more failed as well)" if others else ""))
