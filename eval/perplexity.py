@@ -218,8 +218,8 @@ def load_run(args) -> tuple[GPT, dict, Path]:
     state = checkpoint.read_json(folder / "state.json")
     lacking = [key for key in ("step", "gpt", "identity", "data_dir", "tokenizer_sha256") if key not in state]
     if lacking:
-        raise UserError(f"{folder}/state.json has no {', '.join(lacking)}: another version of train.py wrote it; evaluate "
-                        "it with that one (git_commit in the run's config.json)")
+        raise UserError(f"{folder}/state.json has no {', '.join(lacking)}: another version of train.py wrote it; "
+                        "evaluate it with that one (git_commit in the run's config.json)")
     data_dir = args.data_dir or state["data_dir"]
     described = data.read_manifest(data_dir)["tokenizer"]
     if described["sha256"] != state["tokenizer_sha256"]:
