@@ -226,6 +226,13 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
     expect_error(command("eval/perplexity.py", "--hf", folder), "--data_dir")
 
 
+def test_the_benchmark_prints_a_ratio(data_dir):
+    ask = ("scripts/bench_eval.py", "--data_dir", data_dir, "--block_size=8", "--batch_size=2")
+    text = expect_ok(command(*ask, "--rounds=2"))
+    assert 0.1 < float(text.split("perplexity / bare forward: ")[1].split()[0]) < 10
+    expect_error(command(*ask, "--rounds=0"), "--rounds")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--stride=17"], ["--stride 17", "16"]), (["--stride=0"], ["--stride 0"]), (["--stride=x"], ["--stride", "'x'"]),
     (["--block_size=17"], ["--block_size 17", "16"]), (["--batch_size=-1"], ["--batch_size -1"]),
