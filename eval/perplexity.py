@@ -31,9 +31,9 @@ import distributed
 import tokenizer
 from configurator import Parser
 from errors import UserError, run
+from eval.compare import bootstrap
 from model import GPT
 
-RESAMPLES = 1000  # of the bootstrap
 PROBE = "Naïve readers: 3,141 words, don't panic!\n\n    def f(x):\treturn x**2  # 日本語"  # tells tokenizers apart
 
 
@@ -148,18 +148,6 @@ def by_domain(split: data.Split, pairs: np.ndarray, losses: np.ndarray) -> dict[
     return {name: losses[pairs[:, 0] == d] for d, name in enumerate(split.domains) if (pairs[:, 0] == d).any()}
 
 
-def bootstrap(windows: dict[str, np.ndarray]) -> np.ndarray:
-    """(D + 1, 2) ends of the 95 % interval of each domain's mean loss, then of their average, by resampling windows.
-
-    Says how much of the result hangs on which windows the validation set has, taken as independent of each other; not
-    what another training seed would give.
-    """
-    rng = np.random.default_rng(0)
-    means = np.array([[values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-                      for values in windows.values()])  # (D, RESAMPLES)
-    return np.quantile(np.concatenate([means, means.mean(0, keepdims=True)]), [0.025, 0.975], axis=1).T
-
-
 def add_intervals(record: dict, windows: dict[str, np.ndarray]) -> None:
     """Put the bootstrap's intervals into the record, as loss_ci95 of each domain and mean_loss_ci95 (nats)."""
     *each, record["mean_loss_ci95"] = bootstrap(windows).tolist()
@@ -223,7 +211,8 @@ def load_run(args) -> tuple[GPT, dict, Path]:
     data_dir = args.data_dir or state["data_dir"]
     described = data.read_manifest(data_dir)["tokenizer"]
     if described["sha256"] != state["tokenizer_sha256"]:
-        raise UserError(f"{data_dir} has tokenizer {described['name']}, the model was trained with another")
+        raise UserError(f"{data_dir} has tokenizer {described['name']}, the model was trained with another; give data "
+                        "with the model's tokenizer")
     dtype = state["identity"]["dtype"] if torch.cuda.is_available() else "float32"
     return checkpoint.load_model(folder), {"step": state["step"], "dtype": args.dtype or dtype}, Path(data_dir)
 
@@ -239,6 +228,8 @@ def load_hf(args) -> tuple[GPT, dict, Path]:
         model = GPT.from_pretrained(args.hf) if kind == "gpt2" else None
     except ImportError:
         raise UserError("--hf needs transformers: pip install transformers safetensors") from None
+    except UserError as error:
+        raise UserError(f"--hf {error}") from None
     except Exception as error:  # missing, damaged, no internet: the libraries raise anything
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"--hf {args.hf}: {reason}; give a folder with config.json and weights, or a name on the hub "

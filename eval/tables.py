@@ -36,7 +36,8 @@ MISSING = "missing"
 METRICS = {"ppl": "Perplexity", "loss": "Loss (log-perplexity, nats per token)", "bits_per_byte": "Bits per byte"}
 NEEDS = {"difference": "needs a uniform run and a run of another strategy that is like it in all else, both evaluated",
          "fewshot": "needs RUN/eval/fewshot.json (python eval/fewshot.py --run RUN)",
-         "speedup": "needs a uniform run and a run of another strategy that is like it in all else, both trained"}
+         "speedup": "needs a finished uniform run and a run of another strategy that is like it in all else, evaluated "
+                    "on as many windows in training (--eval_windows)"}
 WHAT = (*METRICS, *NEEDS)
 SPEEDUP = {"uniform's final loss": (4, None), "uniform's steps": (0, None), "steps": (0, min),  # row -> digits, best
            "uniform's minutes": (1, None), "minutes": (1, min),
@@ -164,7 +165,8 @@ def difference_tables(configs: list[dict], results: list[dict | None], folders: 
         rows += [Row("95 % interval (windows)", [[text] for text in intervals], best=None, summary=True),
                  Row("p (windows)", [[text] for text in ps], best=None, summary=True)]
         note = ("Nats per token, against the uniform run of the same seed and settings. Interval and p: paired z test "
-                "over the validation windows; they cover the choice of windows, not the training seeds.")
+                "over blocks of validation windows; they cover the choice of text, not of training seeds, and two "
+                "seeds of one setting can differ significantly.")
         tables.append(Table("difference", f"Loss minus uniform, {size}", size, "domain", [name for name, _ in groups],
                             rows, f"{note} {spread_note(groups)}".strip()))
     return tables
@@ -314,7 +316,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="write table.md, table.tex and table.csv there instead")
     args = parser.parse_args()
-    what = args.what.split(",") if args.what is not None else None
+    what = [name.strip() for name in args.what.split(",")] if args.what is not None else None
     for name in what or ():
         if name not in WHAT:
             raise UserError(f"--what {name!r}: unknown{nearest(name, WHAT)} (known: {', '.join(WHAT)})")
