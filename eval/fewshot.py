@@ -38,7 +38,7 @@ import tokenizer
 from configurator import Parser
 from distributed import print0
 from errors import UserError, nearest, run
-from eval.perplexity import find_run
+from eval import models
 from files import write_text
 from generate import NOT_FINITE, generate
 from model import GPT
@@ -55,6 +55,7 @@ TASKS = ("logiqa", "logiqa2", "sciq", "piqa", "copa", "wic", "winogrande", "arc_
          "hellaswag", "lambada_openai", "triviaqa", "nq_open", "webqs", "lambada", "squadv2")
 # The first of these that a task has stands for it, else its own first metric. The factor: squadv2 counts in percent.
 METRICS = {"acc": 1.0, "exact_match": 1.0, "exact": 0.01}
+RESULT = "fewshot.json"
 ROWS = 1024  # of logits at a time
 
 
@@ -276,30 +277,9 @@ def table(record: dict) -> str:
     return "\n".join([*lines, *(f"left out: {name}: {why}" for name, why in record["failed"].items())])
 
 
-def load_run(path: str) -> tuple[GPT, tokenizer.Tokenizer, dict]:
-    """Model, tokenizer, and what the record says of the model."""
-    _, folder = find_run(path)
-    state = checkpoint.read_json(folder / "state.json")
-    tokens = tokenizer.find(state.get("tokenizer_sha256"))
-    dtype = state.get("identity", {}).get("dtype", "float32") if torch.cuda.is_available() else "float32"
-    return checkpoint.load_model(folder), tokens, {"step": state.get("step"), "dtype": dtype}
-
-
-def load_hf(source: str) -> tuple[GPT, tokenizer.Tokenizer, dict]:
-    """The same of a Hugging Face GPT-2; UserError if its tokenizer is none of ours."""
-    model = GPT.from_pretrained(source)
-    for tokens in map(tokenizer.load, tokenizer.NAMES):
-        if tokens.n_vocab == model.config.vocab_size and tokenizer.is_that_of(tokens.name, source):
-            return model, tokens, {"hf": source, "dtype": "float32"}
-    raise UserError(f"--hf {source} has a tokenizer of {model.config.vocab_size} tokens that is none of "
-                    f"{', '.join(tokenizer.NAMES)}; use the harness itself: lm_eval --model hf")
-
-
 def parse_args():
     parser = Parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder, or one of its checkpoints")
-    source.add_argument("--hf", metavar="NAME_OR_FOLDER", help="a Hugging Face GPT-2 instead, such as gpt2")
+    models.add_flags(parser, RESULT)
     parser.add_argument("--tasks", default=",".join(TASKS), help="names of tasks, groups or tags of the harness, with "
                         f"commas between them (default: {', '.join(TASKS)})")
     parser.add_argument("--num_fewshot", type=int, default=5,
@@ -309,8 +289,6 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=32, help="requests per rank and forward pass (default: 32)")
     parser.add_argument("--seed", type=int, default=1234,
                         help="of the choice of examples (default: 1234, as the harness has it)")
-    parser.add_argument("--to", type=Path, metavar="FILE",
-                        help="JSON file for the result (default: RUN/eval/fewshot.json; with --hf none)")
     args = parser.parse_args()
     for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -358,20 +336,12 @@ def open_record(path: Path | None, settings: dict) -> dict:
 def main() -> None:
     args = parse_args()
     manager = open_tasks(args)
-    model, tokens, about = load_run(args.run) if args.run else load_hf(args.hf)
-    if args.run and args.to is None:
-        args.to = find_run(args.run)[0] / "eval" / "fewshot.json"
-    if args.to:
-        try:
-            args.to.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--to {args.to}: {error.strerror}; give a file in a folder that can be made") from None
-        if args.to.is_dir() or not os.access(args.to.parent, os.W_OK):
-            raise UserError(f"--to {args.to}: cannot be written; give a file, such as results/fewshot.json")
-    record = open_record(args.to, {**about, "num_fewshot": args.num_fewshot, "limit": args.limit, "seed": args.seed,
+    model, tokens, about, _ = models.open_model(args)
+    result = models.result_path(args, RESULT)
+    record = open_record(result, {**about, "num_fewshot": args.num_fewshot, "limit": args.limit, "seed": args.seed,
                                    "harness": lm_eval.__version__})
     if kept := [name for name in args.tasks if name in record["tasks"]]:
-        print0(f"scored before with these settings: {', '.join(kept)} (remove {args.to} to score again)")
+        print0(f"scored before with these settings: {', '.join(kept)} (remove {result} to score again)")
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's bootstrap would start a process per core, on every rank
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = Harness(model.to(distributed.setup("cuda" if torch.cuda.is_available() else "cpu")), tokens, args.batch_size,
@@ -386,8 +356,8 @@ def main() -> None:
         except torch.OutOfMemoryError:
             raise UserError(f"--batch_size {args.batch_size}: does not fit in the GPU's memory; give a smaller one"
                             ) from None
-        if args.to and record["tasks"] and distributed.ranks().rank == 0:
-            write_text(args.to, json.dumps(record, indent=1))
+        if result and record["tasks"] and distributed.ranks().rank == 0:
+            write_text(result, json.dumps(record, indent=1))
     if not record["tasks"]:
         (name, why), *others = record["failed"].items()
         raise UserError(f"task {name}: {why}" + (f" ({len(others)} more failed as well)" if others else ""))

@@ -17,7 +17,7 @@ import torch
 
 from configurator import Parser
 from errors import UserError, run
-from eval.tables import read_runs, run_names
+from eval.runs import read_runs, run_names
 from manifest import in_order
 from metrics import read_lines
 from reweight import STRATEGIES, normalize_losses, sample_weights
@@ -47,8 +47,9 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
     """Validation loss against steps: the mean, then each domain."""
     plt = pyplot()
     evals = [[r for r in records if r["kind"] == "eval"] for records in metrics]
-    held = in_order(d for records in evals for r in records for d in r["domains"])
-    fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharex=True, layout="constrained")
+    held = in_order({d for records in evals for r in records for d in r["domains"]})
+    rows = len(held) // 4 + 1  # one panel more than domains
+    fig, axes = plt.subplots(rows, 4, figsize=(10, 2.1 * rows + 0.4), sharex=True, layout="constrained")
     for ax, domain in zip(axes.flat, [None, *held], strict=False):
         shown = []  # losses after the first tenth of the run
         for i, (name, records) in enumerate(zip(names, evals, strict=True)):
@@ -75,8 +76,8 @@ def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path
 def domain_perplexity(names: list[str], results: list[dict | None], path: Path) -> Path:
     """Perplexity per domain, a bar per run; a run without a value leaves a gap, not a bar of height 0."""
     plt = pyplot()
-    held = in_order(d for r in results if r for d in r["domains"])
-    fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    held = in_order({d for r in results if r for d in r["domains"]})
+    fig, ax = plt.subplots(figsize=(max(8, 1.1 * len(held)), 3.2), layout="constrained")
     width = 0.8 / len(names)
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
         at = [x - 0.4 + (i + 0.5) * width for x in range(len(held))]

@@ -27,7 +27,7 @@ import tokenizer
 from checkpoint import read_json
 from configurator import Parser
 from errors import UserError, run
-from eval.perplexity import find_run
+from eval.models import find_run
 from files import write_text
 from manifest import data_hash, read_manifest
 from model import import_transformers

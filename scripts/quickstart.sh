@@ -17,6 +17,6 @@ for strategy in uniform linupper; do
   python eval/perplexity.py --run "$OUT/$strategy"
 done
 echo "== perplexity per domain"
-python eval/tables.py "$OUT/uniform" "$OUT/linupper"
+python eval/tables.py "$OUT/uniform" "$OUT/linupper" --what ppl,difference
 echo "== pictures"
 python eval/plots.py "$OUT/uniform" "$OUT/linupper" --to "$OUT/plots"

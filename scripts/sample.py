@@ -21,7 +21,7 @@ import checkpoint
 import tokenizer
 from configurator import Parser
 from errors import UserError, run
-from eval.perplexity import find_run
+from eval.models import find_run
 from generate import generate
 
 

@@ -89,7 +89,7 @@ def real_text() -> Path:
     return Path(folder)
 
 
-def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]]) -> Path:
+def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]], shard_tokens: int = 10**9) -> Path:
     """A data folder with given token streams, through the real writer: {domain: {split: (n,) ids}}."""
     import json
 
@@ -100,7 +100,7 @@ def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]]) -> Path
     domains = {}
     for domain, splits in tokens.items():
         for split, ids in splits.items():
-            writer = ShardWriter(folder, domain, split, 10**9)
+            writer = ShardWriter(folder, domain, split, shard_tokens)
             writer.add(ids.astype(np.uint16), len(ids))
             domains.setdefault(domain, {})[split] = writer.close()
     t = tokenizer.load("bytes")

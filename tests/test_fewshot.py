@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import ROOT, command, expect_error, expect_ok
 import checkpoint
 import tokenizer
 import train
-from eval import fewshot
+from eval import fewshot, models
 from model import GPT, GPTConfig
 
 TASKS = ROOT / "tests" / "tasks"
@@ -52,8 +53,9 @@ def runs(tmp_path_factory):
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.3)
         torch.nn.init.normal_(model.wte.weight[tokens.n_vocab:], std=2)  # padding that would win
-        checkpoint.save(folder, 7, (model.state_dict(), {}), {"gpt": asdict(shape), "max_steps": 7, "identity": {},
-                                                              "tokenizer_sha256": tokens.sha256}, 1)
+        checkpoint.save(folder, 7, (model.state_dict(), {}), {
+            "gpt": asdict(shape), "max_steps": 7, "identity": {"dtype": "float32"}, "data_dir": "gone",
+            "tokenizer_sha256": tokens.sha256}, 1)
         settings = train.TrainConfig(global_batch_size=4, block_size=shape.block_size, data_dir="gone")
         (folder / "config.json").write_text(json.dumps(asdict(settings)))
         expect_ok(command("scripts/export_hf.py", "--run", folder))
@@ -70,7 +72,7 @@ def simple_evaluate(lm, tasks, num_fewshot):
 
 
 def harness(run_dir, batch_size=8, **changes):
-    model, tokens, _ = fewshot.load_run(run_dir)
+    model, tokens, *_ = models.open_model(Namespace(run=run_dir, hf=None, dtype=None))
     model.config = replace(model.config, **changes)
     return fewshot.Harness(model, tokens, batch_size)
 
@@ -235,7 +237,7 @@ WRONG = [
     (["--run", "RUN", "--num_fewshots", "2"], ["--num_fewshots", "did you mean '--num_fewshot'"]),
     (["--hf", "nowhere", "--tasks", "where"], ["nowhere", "neither a folder"]),
     (["--hf", "RUN", "--tasks", "where"], ["RUN", "config.json"]),
-    (["--run", "RUN", "--tasks", "where", "--to", "RUN"], ["--to", "cannot be written"]),
+    (["--run", "RUN", "--tasks", "where", "--to", "RUN"], ["--to", "is a folder"]),
     (["--run", "RUN", "--tasks", "where", "--to", "RUN/config.json/x.json"], ["--to", "can be made"]),
 ]
 

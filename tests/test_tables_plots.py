@@ -4,36 +4,57 @@ import csv
 import io
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 from conftest import command, expect_error, expect_ok
 
 from data import DOMAINS
-from eval.tables import run_names
+from eval.compare import minutes_to, paired_difference, speedup, steps_to
+from eval.runs import run_names
 
 CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc",
           "max_steps": 9}
 
 
-def make_run(folder, losses, val_hash="same", kinds=False, **changes):
+def make_run(folder, losses, val_hash="same", kinds=False, domains=DOMAINS, windows=None, fewshot=None, **changes):
     """A run folder whose domains have these final losses; None: not evaluated."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     if losses is None:
         return folder
     domains = {d: {"loss": v, "ppl": math.exp(v), "tokens": 10, "bits_per_byte": v / math.log(2)}
-               for d, v in zip(DOMAINS, losses, strict=False)}
+               for d, v in zip(domains, losses, strict=False)}
     record = {"step": 9, "domains": domains, "mean_loss": sum(losses) / len(losses), "val_hash": val_hash,
               "worst_domain": max(domains, key=lambda d: domains[d]["loss"])}
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text(json.dumps(record))
+    if windows:
+        np.savez(folder / "eval" / "perplexity_windows.npz", **{d: np.float32(v) for d, v in windows.items()})
+    if fewshot:
+        (folder / "eval" / "fewshot.json").write_text(json.dumps(fewshot))
     lines = [{"kind": "eval", **record, "step": step} for step in (0, 5, 9)]
     even = dict.fromkeys(domains, 1 / len(domains))
     lines += [{"kind": "train", "step": step, "ess": 0.9, "weight_by_domain": even, "samples_by_domain": even,
+               "tokens": step * 10, "tokens_per_s": 5.0,
                **({"weight_by_kind": {"noise": 1.0}, "samples_by_kind": {"noise": 1.0}} if kinds else {})}
               for step in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def tables(*runs, what=None):
+    """Of the printed Markdown {title: {row: cells}}; the head is the row "domain", "task" or ""."""
+    text = expect_ok(command("eval/tables.py", *runs, *(["--what", what] if what else [])))
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("### "):
+            found[line[4:]] = {}
+        elif line.startswith("| "):
+            label, *cells = (c.strip() for c in line.strip("|").split("|"))
+            found[list(found)[-1]][label] = cells
+    return found
 
 
 @pytest.fixture
@@ -43,19 +64,62 @@ def runs(tmp_path):
 
 
 def test_markdown(runs):
-    text = expect_ok(command("eval/tables.py", *runs, "--metric", "loss"))
-    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
-    assert rows["domain"] == ["uniform", "linupper"]
+    found = tables(*runs, what="loss,ppl")
+    assert list(found) == ["Loss (log-perplexity, nats per token), tiny", "Perplexity, tiny"]
+    rows = found["Loss (log-perplexity, nats per token), tiny"]
+    assert list(rows)[1:8] == list(DOMAINS) and rows["domain"] == ["uniform", "linupper"]
     assert rows["arxiv"] == ["**1.0000**", "1.1000"] and rows["book"] == ["2.0000", "**1.9000**"]
     assert rows["average loss"] == ["1.7143", "**1.6429**"] and rows["worst domain"] == ["3.0000", "**2.5000**"]
     assert rows["which one"] == ["cc", "cc"]
+    rows = found["Perplexity, tiny"]
+    assert rows["arxiv"] == [f"**{math.e:.3f}**", f"{math.exp(1.1):.3f}"]
+    assert rows["exp(average loss)"] == [f"{math.exp(12 / 7):.3f}", f"**{math.exp(11.5 / 7):.3f}**"]
 
 
-def test_csv_and_latex(runs):
-    rows = list(csv.reader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
-    assert rows[1] == ["arxiv", f"{math.e:.3f}", f"{math.exp(1.1):.3f}"] and len(rows) == 12
-    latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
-    assert latex.count("{") == latex.count("}") and latex.count(r"\\") == 12 and r"\textbf{2.718}" in latex
+def test_without_a_choice_there_is_all_that_the_runs_have(runs):
+    assert [title.split(",")[0] for title in tables(*runs)] == [
+        "Perplexity", "Loss (log-perplexity", "Bits per byte", "Loss minus uniform", "Reaching uniform's final loss"]
+    assert len(tables(runs[0])) == 3
+
+
+def test_csv(runs):
+    rows = list(csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
+    of = {(r["table"], r["row"], r["setting"]): r for r in rows}
+    assert float(of["ppl", "arxiv", "linupper"]["value"]) == math.exp(1.1)
+    assert float(of["difference", "cc", "linupper"]["value"]) == pytest.approx(-0.5)
+    assert of["loss", "which one", "uniform"]["value"] == "cc"
+    assert {r["model"] for r in rows} == {"tiny"} and {r["std"] for r in rows} == {""}
+
+
+def test_latex(tmp_path):
+    runs = [make_run(tmp_path / f"{s}{norm[0]}{k}", [1.0, 2.0 + k], reweight=s, seed=k, reweight_norm=norm)
+            for s, norm in (("uniform", "x"), ("upper", "a_%b&<c>\\d#$^~{"), ("upper", "y")) for k in (1, 2)]
+    text = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
+    assert text.startswith(r"% \usepackage{booktabs}")
+    tabulars = re.findall(r"\\begin{tabular}{(.*?)}\n(.*?)\\end{tabular}", text, re.DOTALL)
+    assert len(tabulars) == 5 and text.count(r"\begin{table}") == text.count(r"\caption{") == 5
+    for columns, body in tabulars:
+        for line in body.splitlines():
+            if not re.fullmatch(r"\\(top|mid|bottom)rule", line):
+                assert line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+    names = r"a\_\%b\&$<$c$>$\textbackslash{}d\#\$\textasciicircum{}\textasciitilde{}\{"
+    assert rf"reweight\_norm={names}" in text
+    bare = re.sub(r"\\[_%&#${}]", "", text.split("\n", 1)[1])  # what is left is LaTeX's own
+    assert not re.search(r"[%#_^~±]", bare) and bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    assert r"\textbf{2.718 $\pm$ 0.000}" in text and "\\midrule\nexp(average loss)" in text
+
+
+def test_latex_has_real_minus_signs(runs):
+    assert "cc & $-$0.5000" in expect_ok(command("eval/tables.py", *runs, "--what=difference", "--format=latex"))
+
+
+def test_out_writes_the_three_formats(runs, tmp_path):
+    to = tmp_path / "results" / "x"
+    written = expect_ok(command("eval/tables.py", *runs, "--out", to)).split()
+    assert written == [str(to / f"table.{end}") for end in ("md", "tex", "csv")]
+    for form, end in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
+        assert (to / f"table.{end}").read_text() == expect_ok(command("eval/tables.py", *runs, "--format", form))
+    assert sorted(path.name for path in to.iterdir()) == ["table.csv", "table.md", "table.tex"]
 
 
 def test_missing_says_missing(runs, tmp_path):
@@ -68,13 +132,152 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
             for s, gap in (("uniform", 0.0), ("upper", 0.02)) for k in (1, 2, 3)]
     runs[5:] = [make_run(tmp_path / "more", [1.33] * 7, reweight="upper", seed=3),
                 make_run(tmp_path / "other", [2.0] * 7, reweight="upper", seed=9, block_size=7)]
-    text = expect_ok(command("eval/tables.py", *runs, "--metric", "loss"))
-    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
+    found = tables(*runs)
+    rows = found["Loss (log-perplexity, nats per token), tiny"]
     assert rows["domain"] == ["uniform block_size=None", "upper block_size=None", "upper block_size=7"]
     assert rows["book"] == ["**1.2000 ± 0.1000**", "1.2233 ± 0.1050", "2.0000"]
-    assert rows["average loss minus uniform"] == ["+0.0000 ± 0.0000", "+0.0233 ± 0.0058", "missing"]
-    latex = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
-    assert r"$\pm$" in latex
+    rows = found["Loss minus uniform, tiny"]
+    assert rows["domain"] == ["upper block_size=None", "upper block_size=7"]
+    assert rows["average loss"] == rows["book"] == ["+0.0233 ± 0.0058", "missing"]
+    assert rows["p (windows)"] == ["missing", "missing"]  # no file with the windows
+    rows = list(csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
+    book = next(r for r in rows if (r["table"], r["row"], r["setting"]) == ("loss", "book", "upper block_size=None"))
+    assert (float(book["std"]), book["runs"]) == (pytest.approx(np.std([1.12, 1.22, 1.33], ddof=1)), "3")
+
+
+def test_paired_difference_by_hand():
+    mean, low, high, p = paired_difference({"a": np.array([1.0, 2, 3, 6]), "b": np.array([0.0, 2])})
+    # blocks (1, 2), (3, 6) are 3 off their expected sums, and blocks (0), (2) are 1 off: variances of the two means
+    error = math.sqrt(2 * 18 / 4**2 + 2 * 2 / 2**2) / 2
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - 1.96 * error, 2.0 + 1.96 * error))
+    assert p == pytest.approx(math.erfc(2 / error / 2**0.5)) and 0.02 < p < 0.03
+    assert paired_difference({"a": np.zeros(9)})[3] == 1 and math.isnan(paired_difference({"a": np.ones(1)})[3])
+
+
+@pytest.mark.parametrize("alike", [1, 8])
+def test_paired_difference_seldom_sees_what_is_not_there(alike):
+    """A twentieth false alarms, also where `alike` neighbouring windows are of one document."""
+    rng = np.random.default_rng(1)
+    found = [paired_difference({"a": np.repeat(rng.gamma(2, 1, 150) - 2, alike), "b": rng.normal(0, 2, 900)})[3]
+             for _ in range(1000)]
+    assert 0.03 < np.mean(np.array(found) < 0.05) < 0.09
+
+
+def test_the_paired_test_averages_the_seeds_windows_first(tmp_path):
+    rng, runs, windows = np.random.default_rng(2), [], {}
+    for s in ("uniform", "upper"):
+        for k in (1, 2):
+            windows[s, k] = {d: rng.normal(2 + 0.1 * (s == "upper"), 0.3, n).astype(np.float32)
+                             for d, n in (("arxiv", 40), ("fineweb", 90))}
+            runs.append(make_run(tmp_path / f"{s}{k}", [v.mean(dtype=float) for v in windows[s, k].values()],
+                                 domains=("arxiv", "fineweb"), windows=windows[s, k], reweight=s, seed=k))
+    rows = tables(*runs, what="difference")["Loss minus uniform, tiny"]
+    expected = paired_difference({d: (windows["upper", 1][d] - windows["uniform", 1][d] + windows["upper", 2][d]
+                                      - windows["uniform", 2][d]) / 2 for d in ("arxiv", "fineweb")})
+    assert rows["average loss"][0].startswith(f"{expected[0]:+.4f} ± ")
+    assert rows["95 % interval (windows)"] == [f"{expected[1]:+.4f} to {expected[2]:+.4f}"]
+    assert rows["p (windows)"] == [f"{expected[3]:.4f}" if expected[3] >= 1e-4 else "<0.0001"]
+    (runs[3] / "eval" / "perplexity_windows.npz").unlink()
+    done = command("eval/tables.py", *runs, "--what", "difference")
+    assert "p (windows)" in expect_ok(done) and f"{runs[3]}: no perplexity_windows.npz" in done.stderr
+
+
+def curve(points, rates=((20, 50.0),), val_hash="same"):
+    """Records with these (step, mean loss) evaluations; 100 tokens a step at (last step, tokens per second)."""
+    return [*({"kind": "eval", "step": s, "mean_loss": v, "val_hash": val_hash} for s, v in points),
+            *({"kind": "train", "step": s, "tokens": 100 * s, "tokens_per_s": rate} for s, rate in rates)]
+
+
+def test_speedup_by_hand():
+    uniform = curve([(0, 5.0), (10, 3.0), (20, 2.0)])  # 2 seconds a step
+    faster = curve([(0, 5.0), (10, 2.5), (20, 1.5)], rates=[(10, 100.0), (20, 50.0)])
+    found = speedup(faster, 20, uniform, 20)
+    assert (found["uniform's final loss"], found["uniform's steps"], found["steps"]) == (2.0, 20, 15)
+    assert found["uniform's minutes"] == pytest.approx(40 / 60) and found["minutes"] == pytest.approx(20 / 60)
+    assert found["speed-up in steps"] == pytest.approx(20 / 15) and found["speed-up in time"] == pytest.approx(2)
+    never = curve([(0, 5.0), (20, 2.1)])
+    assert speedup(never, 20, uniform, 20)["steps"] == "not reached"
+    assert "steps" not in speedup(never, 40, uniform, 20)  # not finished: it may still get there
+    assert speedup(faster, 20, uniform, 40) == {}  # uniform is not finished
+    assert speedup(curve([(20, 1.0)], val_hash="other"), 20, uniform, 20) == {}
+    assert speedup(curve([(0, 2.0), (20, 1.0)]), 20, uniform, 20)["speed-up in steps"] is None  # no step needed
+    assert speedup(curve([(0, 5.0), (20, 1.0)], rates=()), 20, uniform, 20)["speed-up in time"] is None
+
+
+def test_the_curve_is_read_where_it_first_comes_down():
+    evals = [r for r in curve([(0, 5.0), (10, 1.0), (20, 3.0), (30, 2.0)])]
+    evals = [r for r in evals if r["kind"] == "eval"]
+    assert steps_to(2.0, evals) == 7.5 and steps_to(5.0, evals) == 0 and steps_to(0.5, evals) is None
+    assert minutes_to(None, curve([])) is None and minutes_to(30, curve([])) == pytest.approx(40 / 60)
+
+
+def test_the_speedup_table(tmp_path):
+    runs = []
+    for s, k, losses in (("uniform", 1, (5, 3, 2)), ("uniform", 2, (5, 3, 2)), ("upper", 1, (5, 2, 1)),
+                         ("upper", 2, (5, 4, 3)), ("linupper", 1, (5, 4, 3))):
+        runs.append(make_run(tmp_path / f"{s}{k}", [1.0], reweight=s, seed=k, max_steps=20))
+        lines = curve([(step, float(loss)) for step, loss in zip((0, 10, 20), losses, strict=True)])
+        (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = tables(*runs, what="speedup")["Reaching uniform's final loss, tiny"]
+    assert rows[""] == ["upper", "linupper"]
+    assert rows["steps"] == ["10 (1 of 2 runs)", "not reached"] and rows["uniform's steps"] == ["20 ± 0", "20"]
+    assert rows["speed-up in steps"] == ["2.00 (1 of 2 runs)", "not reached"]
+
+
+def scores(shots=5, step=9, **tasks):
+    return {"step": step, "num_fewshot": shots, "tasks": {
+        name: {"metric": "acc,none", "score": score, "stderr": 0.01, "requests": 40, "truncated": cut}
+        for name, (score, cut) in tasks.items()}}
+
+
+def test_fewshot_scores(tmp_path):
+    runs = [make_run(tmp_path / "a", [1.0], fewshot=scores(sciq=(0.5, 0), wic=(0.25, 7))),
+            make_run(tmp_path / "b", [1.0], reweight="upper", fewshot=scores(sciq=(0.6, 0), wic=(0.2, 7))),
+            make_run(tmp_path / "c", [1.0], reweight="upper", seed=2, fewshot=scores(sciq=(0.7, 0), wic=(0.2, 9))),
+            make_run(tmp_path / "d", [1.0], reweight="extremes", fewshot=scores(sciq=(0.1, 0))),
+            make_run(tmp_path / "e", [1.0], reweight="quadratic")]
+    rows = tables(*runs, what="fewshot")["Few-shot scores, tiny"]
+    assert rows["sciq (acc)"] == ["0.5000 (0.0100)", "**0.6500 ± 0.0707**", "0.1000 (0.0100)", "missing"]
+    assert rows["wic (acc)"] == ["**0.2500 (0.0100)**", "0.2000 ± 0.0000", "missing", "missing"]
+    assert rows["mean"] == ["0.3750", "**0.4250 ± 0.0354**", "missing", "missing"]
+    text = expect_ok(command("eval/tables.py", *runs, "--what", "fewshot"))
+    assert "5 examples in the prompt" in text and "context: wic 9 of 40." in text
+    other = make_run(tmp_path / "f", [1.0], reweight="linupper", fewshot=scores(shots=0, sciq=(0.5, 0)))
+    expect_error(command("eval/tables.py", *runs, other), "sciq", "5 examples", "0 examples", str(other), "--what")
+    assert tables(*runs, other, what="ppl")
+    early = make_run(tmp_path / "g", [1.0], reweight="linupper", fewshot=scores(step=4, sciq=(0.5, 0)))
+    assert "linupper scored_at_step=4" in tables(early, runs[0], what="fewshot")["Few-shot scores, tiny"]["task"]
+
+
+def test_each_size_has_its_own_table(tmp_path):
+    runs = [make_run(tmp_path / f"{m}{s}", [loss, loss + 1], model=m, reweight=s, global_batch_size=len(m))
+            for m, s, loss in (("1.5b", "uniform", 1.0), ("1.5b", "upper", 0.9), ("tiny", "uniform", 3.0))]
+    found = tables(*runs, what="loss,difference")
+    assert [title.removeprefix("Loss (log-perplexity, nats per token)") for title in found] == [
+        ", tiny", ", 1.5b", " by size", "Loss minus uniform, 1.5b"]
+    assert found["Loss (log-perplexity, nats per token), tiny"]["arxiv"] == ["3.0000"]
+    assert found["Loss (log-perplexity, nats per token), 1.5b"]["arxiv"] == ["1.0000", "**0.9000**"]
+    assert found["Loss (log-perplexity, nats per token) by size"] == {
+        "size": ["uniform", "upper"], "tiny, average loss": ["3.5000", "missing"],
+        "1.5b, average loss": ["1.5000", "**1.4000**"], "tiny, worst domain": ["4.0000", "missing"],
+        "1.5b, worst domain": ["2.0000", "**1.9000**"]}
+
+
+def test_other_domains_follow_the_known_ones(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    from eval.plots import domain_perplexity, loss_curves
+    names = ("zulu", *reversed(DOMAINS), "fineweb")
+    run = make_run(tmp_path / "a", [1.0 + i for i in range(9)], domains=names)
+    rows = tables(run, what="ppl")["Perplexity, tiny"]
+    assert list(rows)[1:10] == [*DOMAINS, "fineweb", "zulu"]
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]]
+    loss_curves(["a"], records, tmp_path / "x.png")
+    assert [ax.get_title() for ax in figures[0].axes if ax.get_visible()][1:] == list(rows)[1:10]
+    domain_perplexity(["a"], [json.loads((run / "eval" / "perplexity.json").read_text())], tmp_path / "y.png")
+    assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == list(rows)[1:10]
 
 
 def test_an_older_checkpoint_is_told(runs, tmp_path):
@@ -85,8 +288,8 @@ def test_an_older_checkpoint_is_told(runs, tmp_path):
 
 def test_what_is_no_setting_splits_no_column(tmp_path):
     a, b = (make_run(tmp_path / f"u{i}", [1.0] * 7, seed=i, r=i / 10, eval_interval=i) for i in (1, 2))
-    head, _, first, *_ = expect_ok(command("eval/tables.py", a, b)).splitlines()
-    assert head.split()[1:] == ["domain", "|", "uniform", "|"] and "± 0.000" in first
+    rows = tables(a, b)["Perplexity, tiny"]
+    assert rows["domain"] == ["uniform"] and rows["arxiv"] == ["2.718 ± 0.000"]
 
 
 def test_a_diverged_run_is_shown_as_it_is(tmp_path):
@@ -94,14 +297,43 @@ def test_a_diverged_run_is_shown_as_it_is(tmp_path):
     for run in runs:
         path = run / "eval" / "perplexity.json"
         path.write_text(path.read_text().replace('"mean_loss": 70', '"mean_loss": 90'))
-    assert "inf ± nan" in expect_ok(command("eval/tables.py", *runs))
+    assert tables(*runs, what="ppl")["Perplexity, tiny"]["exp(average loss)"] == ["inf ± nan"]
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     other = make_run(tmp_path / "c", [1.0] * 7, val_hash="other")
-    expect_error(command("eval/tables.py", runs[0], other), str(runs[0]), str(other), "cannot be compared")
+    expect_error(command("eval/tables.py", runs[0], other), str(runs[0]), str(other), "cannot be compared", "--stride")
     expect_error(command("eval/tables.py", tmp_path), "no config.json")
     expect_error(command("eval/plots.py", make_run(tmp_path / "d", None), "--to", tmp_path), "no evaluation")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--what=pll"], ["'pll'", "did you mean 'ppl'"]), (["--what="], ["''", "known"]),
+    (["--what=fewshot"], ["fewshot.json", "eval/fewshot.py"]), (["--format=html"], ["--format", "markdown"]),
+    (["--out=README.md"], ["README.md"]), (["--out=x", "--format=csv"], ["--format", "--out"])])
+def test_wrong_flags(runs, flags, words):
+    expect_error(command("eval/tables.py", *runs, *flags), *words)
+
+
+@pytest.mark.parametrize("file, text, words", [
+    ("config.json", "{", ["config.json cannot be read"]), ("config.json", '{"model": "x"}', ["'reweight'"]),
+    ("eval/perplexity.json", "", ["perplexity.json cannot be read"]),
+    ("eval/perplexity.json", '{"step": 1}', ["not what eval/perplexity.py writes", "--run"]),
+    ("eval/perplexity.json", '{"step": 9, "mean_loss": 1, "val_hash": "same", "domains": {"c4": {"loss": 1}}}',
+     ["not what eval/perplexity.py writes"]),
+    ("eval/perplexity_windows.npz", "PK", ["perplexity_windows.npz cannot be read", "--run"]),
+    ("eval/fewshot.json", '{"step": 9, "num_fewshot": 5, "tasks": {}}', ["not what eval/fewshot.py writes"])])
+def test_damaged_runs(runs, file, text, words):
+    (runs[0] / file).write_text(text)
+    expect_error(command("eval/tables.py", *runs), str(runs[0]), *words)
+
+
+def test_windows_of_another_evaluation_are_refused(tmp_path):
+    windows = {"arxiv": [1.0, 2.0]}
+    runs = [make_run(tmp_path / "a", [1.5], windows=windows),
+            make_run(tmp_path / "b", [1.6], windows=windows, reweight="upper")]
+    expect_error(command("eval/tables.py", *runs), str(runs[1]), "not of the same evaluation")
+    expect_error(command("eval/tables.py", runs[0], "--what", "speedup"), "--what speedup", "uniform")
 
 
 def test_names_tell_runs_apart():

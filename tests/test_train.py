@@ -177,26 +177,6 @@ def test_every_strategy_learns(sample_data, tmp_path, strategy):
     assert evals[-1]["mean_loss"] < evals[0]["mean_loss"] - 1.0
 
 
-def test_perplexity_equals_a_float64_loop(unbroken, sample_data, tmp_path):
-    whole = data.Split(sample_data, read_manifest(sample_data), "val", 2000)
-    few = {d: {"val": whole.window(i, 3)[:500 + 100 * i]} for i, d in enumerate(whole.domains)}
-    split = data.Split(write_shards(tmp_path, few), read_manifest(tmp_path), "val", 32)
-    model = checkpoint.load_model(checkpoint.find_latest(unbroken)).double().eval()
-    for ranks in (1, 2):
-        expect_ok(command("eval/perplexity.py", "--run", unbroken, "--data_dir", tmp_path, ranks=ranks))
-        result = json.loads((unbroken / "eval" / "perplexity.json").read_text())
-        for d, name in enumerate(split.domains):
-            windows = int(split.n_windows[d])
-            x = torch.from_numpy(np.stack([split.window(d, i) for i in range(windows)]).astype(int))
-            with torch.no_grad():
-                logp = torch.log_softmax(model(x[:, :-1]), -1)
-            loss = -logp.gather(2, x[:, 1:, None]).mean().item()
-            assert result["domains"][name]["loss"] == pytest.approx(loss, abs=1e-6)
-            assert result["domains"][name]["tokens"] == windows * 32
-        assert result["step"] == 12
-        assert result["mean_loss"] == pytest.approx(np.mean([d["loss"] for d in result["domains"].values()]))
-
-
 def test_validation_windows_are_spread_and_fixed(sample_data):
     split = data.Split(sample_data, read_manifest(sample_data), "val", 32)
     few = validation_windows(split, 5)
