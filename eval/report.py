@@ -31,17 +31,17 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from checkpoint import read_json, write_text
 from configurator import Parser
-from data import DOMAINS
 from errors import UserError, run
 from eval.plots import COLOURS, smooth
-from eval.tables import MISSING, cell, columns, lines_of, read_runs
+from eval.runs import Groups, columns, read_fewshot, read_runs
+from eval.tables import MISSING, Table, cell, lines_of, sections
+from files import write_text
+from manifest import in_order
 from metrics import read_lines
 
 BEST = "\x02"  # before the text of a cell in bold
-METRICS = {"ppl": ("Perplexity", "Per token: exp(loss)."), "loss": ("Loss", "Nats per token."),
-           "bits_per_byte": ("Bits per byte", "Bits per byte of text: the same measure for every tokenizer.")}
+METRICS = {"ppl": "Perplexity", "loss": "Loss", "bits_per_byte": "Bits per byte"}  # a tab each
 DARK_COLOURS = ("#5aa9e6", "#f0813a", "#2dbd91", "#de96bf", "#f0b429", "#a5d8f6", "#ffffff")  # COLOURS, on black
 DASHES = ("none", "7 3", "2 3")  # of settings 0 to 6, 7 to 13, and those after
 ELSEWHERE = {"identity", "command", "out_dir", "versions", "seed"}  # keys with a place of their own on the page
@@ -83,19 +83,26 @@ def setting_label(i: int, name: str) -> str:
     return line + escape(strategy) + "".join(f" <small>{escape(text)}</small>" for text in others)
 
 
-def table(lines: list[list[str]], settings: int) -> str:
-    """Cells of text, the head first, as HTML that scrolls in its own width; columns 1 to `settings` are settings."""
-    head = "".join(f'<th scope="col">{setting_label(i - 1, c) if 0 < i <= settings else escape(c)}</th>'
-                   for i, c in enumerate(lines[0]))
-    body, before = [], ""
-    for first, *cells in lines[1:]:
+def table(lines: list[list[str]], names: list[str] = (), summary: int | None = None) -> str:
+    """Cells of text, the head first, as HTML that scrolls in its own width; a head among `names` gets its line, and a
+    rule stands above row `summary`."""
+    head = "".join(f'<th scope="col">{setting_label(names.index(c), c) if c in names else escape(c)}</th>'
+                   for c in lines[0])
+    body = []
+    for i, (first, *cells) in enumerate(lines[1:]):
         row = "".join(f'<td class="{"best" if c.startswith(BEST) else "muted" if c == MISSING else ""}">'
                       f"{escape(c.lstrip(BEST))}</td>" for c in cells)
-        rule = ' class="sum"' if before in DOMAINS and first not in DOMAINS else ""
+        rule = ' class="sum"' if i == summary else ""
         body.append(f'<tr{rule}><th scope="row">{escape(first)}</th>{row}</tr>')
-        before = first
     return (f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
             "</table></div>")
+
+
+def titled(found: Table, names: list[str]) -> str:
+    """One of eval/tables.py's tables below its title and above its note."""
+    summary = next((i for i, row in enumerate(found.rows) if row.summary and i), None)
+    note = f'<p class="muted">{escape(found.note)}</p>' if found.note else ""
+    return f"<h3>{escape(found.title)}</h3>{table(lines_of(found, BEST + '{}', str), names, summary)}{note}"
 
 
 def chart(title: str, names: list[str], lines: list[Line], low: float | None = None, high: float | None = None,
@@ -198,7 +205,7 @@ def facts(runs: list[Run]) -> list[tuple[str, str]]:
             ("Versions", f"{versions}; commit {commits}"), ("Last written", f"{dates} (UTC)")]
 
 
-def notes(runs: list[Run], groups: list[tuple[str, list[int]]]) -> list[str]:
+def notes(runs: list[Run], groups: Groups) -> list[str]:
     """What a reader must know before believing the tables, in sentences."""
     found = []
     for r in runs:
@@ -222,48 +229,30 @@ def notes(runs: list[Run], groups: list[tuple[str, list[int]]]) -> list[str]:
     return found
 
 
-def results(runs: list[Run], names: list[str]) -> str:
-    """The per-domain tables, one shown at a time, below the setting with the lowest average loss."""
+def results(runs: list[Run], names: list[str], tables: list[Table]) -> str:
+    """The per-domain tables, one metric shown at a time, below each size's setting with the lowest average loss."""
     losses = {name: [r.result["mean_loss"] for r in runs if names[r.setting] == name and r.result] for name in names}
-    best = min((name for name in names if losses[name]), key=lambda name: fmean(losses[name]), default=None)
-    if best is None:
+    if not any(losses.values()):
         return f'<p class="muted">{MISSING}: no run is evaluated yet</p>'
-    mean = f"{cell(losses[best], 4)} nats per token"
-    lead = f"Lowest average loss: {best}, {mean}." if len(names) > 1 else f"Average loss: {mean}."
+    lead = ""
+    for size in dict.fromkeys(r.config["model"] for r in runs):
+        here = [name for name in dict.fromkeys(names[r.setting] for r in runs if r.config["model"] == size)
+                if losses[name]]
+        if here:
+            best = min(here, key=lambda name: fmean(losses[name]))
+            what = f"Lowest average loss, {size}: {best}" if len(here) > 1 else f"Average loss, {best}"
+            lead += f'<p class="lead">{escape(f"{what}, {cell(losses[best], 4)} nats per token.")}</p>'
     tabs = "".join(f'<input type="radio" name="metric" id="{metric}"{" checked" * (metric == "ppl")}>'
-                   f'<label class="tabs" for="{metric}">{title}</label>' for metric, (title, _) in METRICS.items())
-    about = ("Lowest of a row in bold; several seeds as mean ± standard deviation. Differences from uniform are in "
-             "nats and pair each run with the uniform run of its seed and settings.")
-    for metric, (_, unit) in METRICS.items():
-        lines = lines_of([r.config for r in runs], [r.result for r in runs], metric, BEST + "{}")
-        tabs += f'<div class="tab {metric}">{table(lines, len(names))}<p class="muted">{unit} {about}</p></div>'
-    return f'<p class="lead">{escape(lead)}</p><div>{tabs}</div>'
-
-
-def fewshot_lines(runs: list[Run], names: list[str]) -> list[list[str]]:
-    """A row per task, metric and number of examples; [] where no run has any. One run: score ± the harness's standard
-    error; several: mean ± standard deviation."""
-    rows: dict[tuple, dict[int, list[dict]]] = {}
-    for r in runs:
-        for task, t in (r.fewshot or {"tasks": {}})["tasks"].items():
-            row = rows.setdefault((task, t["metric"].split(",")[0], r.fewshot["num_fewshot"]), {})
-            row.setdefault(r.setting, []).append(t)
-    lines = [["task", *names, "requests cut"]] if rows else []
-    for (task, metric, shots), row in rows.items():
-        held = [row.get(i, []) for i in range(len(names))]
-        texts = [f"{h[0]['score']:.4f} ± {h[0]['stderr']:.4f}" if len(h) == 1 else cell([t["score"] for t in h], 4)
-                 for h in held]
-        means = [text.split(" ")[0] for text in texts]
-        best = (min if "perplexity" in metric else max)((m for m in means if m != MISSING), key=float)
-        texts = [BEST * (mean == best and len(names) > 1) + text for mean, text in zip(means, texts, strict=True)]
-        cut = distinct(f"{t['truncated']:,} of {t['requests']:,}" for h in held for t in h)
-        lines.append([f"{task} ({metric}, {shots}-shot)", *texts, cut])
-    return lines
+                   f'<label class="tabs" for="{metric}">{title}</label>' for metric, title in METRICS.items())
+    for metric in METRICS:
+        shown = "".join(titled(t, names) for t in tables if t.what == metric)
+        tabs += f'<div class="tab {metric}">{shown}<p class="muted">The lowest of a row is in bold.</p></div>'
+    return f"{lead}<div>{tabs}</div>"
 
 
 def curves(runs: list[Run], names: list[str]) -> str:
     """Validation loss, the mean first."""
-    held = [d for d in DOMAINS if any(d in line["domains"] for r in runs for line in r.lines("eval"))]
+    held = in_order(d for r in runs for line in r.lines("eval") for d in line["domains"])
     lines = {"mean of the domains": over_steps(runs, "eval", lambda line: line["mean_loss"])}
     lines |= {d: over_steps(runs, "eval", lambda line, d=d: line["domains"].get(d, {}).get("loss")) for d in held}
     return grid(names, [chart(title, names, of) for title, of in lines.items()])
@@ -287,8 +276,7 @@ def shares(runs: list[Run], names: list[str]) -> str:
     parts = ""
     for label in ("domain", "kind"):
         there = {group for r in runs for line in r.lines("train") for group in line.get(f"samples_by_{label}", {})}
-        ordered = sorted(there, key=(*DOMAINS, *sorted(there)).index)
-        lines = {group: share_lines(runs, label, group) for group in ordered}
+        lines = {group: share_lines(runs, label, group) for group in in_order(there)}
         values = [v for drawn in lines.values() for _, _, ys in drawn for v in ys if math.isfinite(v)]
         if values:
             ends = min(values) - 0.05, max(values) + 0.05
@@ -325,22 +313,23 @@ def reproduce(runs: list[Run]) -> str:
     return f"<pre>{escape(chr(10).join(commands))}</pre>"
 
 
-def page(runs: list[Run], groups: list[tuple[str, list[int]]]) -> str:
-    names, scores = [name for name, _ in groups], fewshot_lines(runs, [name for name, _ in groups])
+def page(runs: list[Run], groups: Groups, tables: list[Table]) -> str:
+    names = [name for name, _ in groups]
+    against, scores, speed = ("".join(titled(t, names) for t in tables if t.what == what)
+                              for what in ("difference", "fewshot", "speedup"))
     configs = "".join(f"<details><summary>config of {escape(r.label)}</summary>"
                       f"<pre>{escape(json.dumps(r.config, indent=1))}</pre></details>" for r in runs)
     parts = {
-        "Results": results(runs, names),
-        "Few-shot": scores and table(scores, len(names)) + '<p class="muted">Score ± its standard error; several seeds '
-                    "as mean ± standard deviation. Best of a row in bold. Requests cut: prompts longer than the "
-                    "model's context, which lost their beginning.</p>",
+        "Results": results(runs, names, tables),
+        "Against uniform": against + speed,
+        "Few-shot": scores,
         "Validation loss": "<p>Nats per token against optimizer steps. Point at a chart to read its values.</p>"
                            + curves(runs, names),
         "Training and weights": "<p>Running means over a twentieth of the run. Weights are times the batch size: "
                                 "uniform gives every sample 1.</p>" + training(runs, names),
         "Which data gets the weight": "<p>Share of the weight over share of the samples: above 1, these samples count "
                                       "for more than as many others.</p>" + shares(runs, names),
-        "Runs": table(runs_table(runs), 0) + configs,
+        "Runs": table(runs_table(runs)) + configs,
         "How to make these runs again": reproduce(runs)}
     parts = {name: part for name, part in parts.items() if part}
     form = Path(__file__).with_name("report_template.html").read_text()
@@ -367,17 +356,15 @@ def main() -> None:
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; give a file, such as {args.out / 'report.html'}")
     configs, results = read_runs(args.runs)
-    groups = columns(configs)
+    groups, scores = columns(configs), read_fewshot(args.runs)
     short = [Path(folder).name for folder in args.runs]
     runs = []
     for i, (folder, name) in enumerate(zip(args.runs, short, strict=True)):
-        scores = Path(folder, "eval", "fewshot.json")
-        runs.append(Run(folder, name if short.count(name) == 1 else folder,
-                        next(column for column, (_, members) in enumerate(groups) if i in members), configs[i],
-                        results[i], read_json(scores) if scores.is_file() else None,
+        setting = next(column for column, (_, members) in enumerate(groups) if i in members)
+        runs.append(Run(folder, name if short.count(name) == 1 else folder, setting, configs[i], results[i], scores[i],
                         read_lines(Path(folder, "metrics.jsonl"))))
     try:
-        write_text(args.out, page(runs, groups))
+        write_text(args.out, page(runs, groups, sections(args.runs, configs, results)))
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}; give a file in a folder that exists") from None
     print(args.out)

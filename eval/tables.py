@@ -185,6 +185,7 @@ def fewshot_tables(configs: list[dict], results: list[dict | None]) -> list[Tabl
     configs = [{**c, "scored_at_step": r["step"]} if r and r["step"] != c["max_steps"] else c
                for c, r in zip(configs, results, strict=True)]
     tasks = {name: task for r in results if r for name, task in r["tasks"].items()}  # metric and requests are alike
+    rising = {name for name, task in tasks.items() if task.get("higher_is_better") is not False}  # not a perplexity
 
     def of(task: str, key: str, groups: Groups) -> list[list[float | None]]:
         values = [r["tasks"].get(task, {}).get(key) if r else None for r in results]
@@ -195,11 +196,13 @@ def fewshot_tables(configs: list[dict], results: list[dict | None]) -> list[Tabl
         here = [results[i] for _, runs in groups for i in runs if results[i]]
         if not here:
             continue
-        rows = [Row(f"{name} ({task['metric'].split(',')[0]})", of(name, "score", groups), best=max,
-                    errors=of(name, "stderr", groups)) for name, task in tasks.items()]
-        means = [fmean(r["tasks"][name]["score"] for name in tasks) if r and tasks.keys() <= r["tasks"].keys() else None
+        rows = [Row(f"{name} ({task['metric'].split(',')[0]})", of(name, "score", groups),
+                    best=max if name in rising else min, errors=of(name, "stderr", groups))
+                for name, task in tasks.items()]
+        means = [fmean(r["tasks"][name]["score"] for name in rising) if r and rising <= r["tasks"].keys() else None
                  for r in results]
-        rows.append(Row("mean", per_column(means, groups), best=max, summary=True))
+        if rising:
+            rows.append(Row("mean", per_column(means, groups), best=max, summary=True))
         most = {name: max(r["tasks"].get(name, {}).get("truncated", 0) for r in here) for name in tasks}
         cut = ", ".join(f"{name} {n} of {tasks[name]['requests']}" for name, n in most.items() if n) or "none"
         shots = " or ".join(sorted({str(r["num_fewshot"]) for r in here}))
@@ -228,9 +231,12 @@ def speedup_tables(configs: list[dict], folders: list[str]) -> list[Table]:
     return tables
 
 
-def sections(folders: list[str], what: list[str] | None = None) -> list[Table]:
-    """The tables of the chosen kinds (entries of WHAT), by default all that the runs have something for."""
-    configs, results = read_runs(folders)
+def sections(folders: list[str], configs: list[dict], results: list[dict | None], what: list[str] | None = None
+             ) -> list[Table]:
+    """The tables of the chosen kinds (entries of WHAT), by default all that the runs have something for.
+
+    configs, results: of the run folders, as read_runs gives them.
+    """
     make = {**{metric: lambda metric=metric: metric_tables(configs, results, metric) for metric in METRICS},
             "difference": lambda: difference_tables(configs, results, folders),
             "fewshot": lambda: fewshot_tables(configs, read_fewshot(folders)),
@@ -323,7 +329,7 @@ def main() -> None:
             raise UserError(f"--what {name!r}: unknown{nearest(name, WHAT)} (known: {', '.join(WHAT)})")
     if args.out and args.format:
         raise UserError("--format says what is printed, and --out FOLDER writes all three formats; give one of them")
-    tables = sections(args.runs, what)
+    tables = sections(args.runs, *read_runs(args.runs), what)
     if not args.out:
         print(render(tables, args.format or "markdown"))
         return

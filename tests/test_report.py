@@ -74,7 +74,8 @@ def add_lines(folder, *records):
 
 
 def add_fewshot(folder, shots=5, step=9, **scores):
-    tasks = {task: {"metric": metric, "score": score, "stderr": 0.01, "requests": 1000, "truncated": 7}
+    tasks = {task: {"metric": metric, "score": score, "stderr": 0.01, "requests": 1000, "truncated": 7,
+                    "higher_is_better": "perplexity" not in metric}
              for task, (metric, score) in scores.items()}
     (folder / "eval" / "fewshot.json").write_text(json.dumps({"step": step, "num_fewshot": shots, "tasks": tasks}))
 
@@ -92,12 +93,12 @@ def runs(tmp_path):
 
 def test_tables_and_curves(runs, tmp_path):
     page = report(tmp_path / "r.html", *runs)
-    perplexity, loss, bits = page.rows()["arxiv"]
+    perplexity, loss, bits, difference = page.rows()["arxiv"]
     assert perplexity == [f"*{math.e:.3f}*", f"{math.exp(1.1):.3f}"] and loss == ["*1.0000*", "1.1000"]
     assert bits == [f"*{1 / math.log(2):.4f}*", f"{1.1 / math.log(2):.4f}"]
-    assert page.rows()["average loss minus uniform"] == 3 * [["+0.0000", "-0.0714"]]
-    assert page.rows()["a"][0][:2] == ["uniform", "1"] and page.rows()["a"][0][-2:] == ["1.7143", "missing"]
-    assert "Lowest average loss: linupper, 1.6429" in page.all("section")[0][1]
+    assert difference == ["+0.1000"] and page.rows()["average loss"][1] == ["-0.0714"]
+    assert page.rows()["a"][0][:2] == ["uniform", "1"] and page.rows()["a"][0][-2:] == ["1.7143", "5"]
+    assert "Lowest average loss, tiny: linupper, 1.6429" in page.all("section")[0][1]
     assert page.lines("book")[:2] == [(name, [[step, v] for step in (0, 5, 9)]) for name, v in
                                       (("uniform", 2.0), ("linupper", 1.9))]
     assert page.lines("effective sample size (share of the batch)")[1] == ("linupper", [[s, 0.9] for s in range(1, 10)])
@@ -155,13 +156,13 @@ def test_fewshot(runs, tmp_path):
     add_fewshot(runs[1], sciq=("acc,none", 0.25), lambada=("perplexity,none", 50.0), piqa=("acc,none", 0.6), step=4)
     page = report(tmp_path / "r.html", *runs)
     rows = page.rows()
-    assert rows["sciq (acc, 5-shot)"] == [["*0.5000 ± 0.0100*", "0.2500 ± 0.0100", "7 of 1,000"]]
-    assert rows["lambada (perplexity, 5-shot)"][0][0] == "*40.0000 ± 0.0100*"
-    assert rows["piqa (acc, 5-shot)"][0][:2] == ["missing", "*0.6000 ± 0.0100*"]
+    assert rows["sciq (acc)"] == [["*0.5000 (0.0100)*", "0.2500 (0.0100)"]]
+    assert rows["lambada (perplexity)"] == [["*40.0000 (0.0100)*", "50.0000 (0.0100)"]]
+    assert rows["piqa (acc)"] == [["missing", "0.6000 (0.0100)"]]
     assert "b: few-shot scores taken at step 4 of 9" in page.all("header")[0][1]
     again = make_run(tmp_path / "c", [1.2] * 7, reweight="linupper", seed=2)
-    add_fewshot(again, sciq=("acc,none", 0.35))
-    assert report(tmp_path / "r.html", *runs, again).rows()["sciq (acc, 5-shot)"][0][1] == "0.3000 ± 0.0707"
+    add_fewshot(again, sciq=("acc,none", 0.35), step=4)
+    assert report(tmp_path / "r.html", *runs, again).rows()["sciq (acc)"][0][1] == "0.3000 ± 0.0707"
 
 
 def test_missing_says_missing(runs, tmp_path):
@@ -214,7 +215,8 @@ def test_a_diverged_run_is_drawn_where_it_is_finite(tmp_path):
 
 
 def test_long_runs_are_thinned(runs, tmp_path):
-    add_lines(runs[0], *({"kind": "train", "step": 10 * s, "loss": 3.0} for s in range(1, 1001)))
+    add_lines(runs[0], *({"kind": "train", "step": 10 * s, "loss": 3.0, "tokens": 10 * s, "tokens_per_s": 5.0}
+                         for s in range(1, 1001)))
     (_, points), = report(tmp_path / "r.html", *runs).lines("training loss, unweighted (nats)")
     assert 100 <= len(points) <= 150 and points[0] == [10, 3.0] and points[-1][0] > 9900
 
