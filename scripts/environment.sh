@@ -1,5 +1,10 @@
-# Sourced by the other scripts: the virtual environment .venv with the packages of $1, made at first use.
-# PYTHON names the interpreter (default python3; 3.10 or later).
+# Sourced by the other scripts: the virtual environment .venv with the packages of $1, made at first use. An
+# active environment (venv, conda) that has the main ones is used as it is. PYTHON names the interpreter of .venv
+# (default python3; 3.10 or later).
+there='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("torch", "tiktoken", "tyro"))))'
+if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] && [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] && python -c "$there"; then
+  return
+fi
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "error: Python 3.10 or later is needed, this is $("${PYTHON:-python3}" --version); set PYTHON=/path/to/python3" >&2
   exit 2

@@ -1,8 +1,11 @@
-"""The benchmark and the study: what they compute, on numbers worked by hand, and that they run."""
+"""The benchmark, the study and the shell scripts: what they compute, on numbers worked by hand, and that they run."""
 
 import math
 import os
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
@@ -57,3 +60,55 @@ def test_slurm_script_says_what_it_would_submit():
     done = subprocess.run(["bash", "scripts/slurm/prepare.sbatch"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "DRY_RUN": "1", "INPUT": "/in", "OUT": "/out", "PARTS": "3"})
     assert done.returncode == 0 and "--array 1-3" in done.stdout and "--merge --out '/out'" in done.stdout
+
+
+REPRODUCE = {"slimpajama": 36, "c4cc": 6, "mixtures": 12, "r_sweep": 7, "figures": 4}  # name -> runs in its header
+
+
+def reproduce(name, root=ROOT, **settings):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(["bash", f"scripts/reproduce_{name}.sh"], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **settings})
+
+
+@pytest.mark.parametrize("name", REPRODUCE)
+def test_what_a_reproduction_would_do(name):
+    assert {path.stem.split("_", 1)[1] for path in (ROOT / "scripts").glob("reproduce_*.sh")} == set(REPRODUCE)
+    header = (ROOT / "scripts" / f"reproduce_{name}.sh").read_text()
+    assert f"({REPRODUCE[name]})" in header and "Hardware:" in header and "Tokens:" in header and "Time:" in header
+    lines = expect_ok(reproduce(name, DRY_RUN="1", GPUS="4")).splitlines()
+    trained = [line for line in lines if " train.py " in line]
+    assert len(trained) == len(set(trained)) == REPRODUCE[name]
+    assert all(line.startswith("torchrun --standalone --nproc_per_node 4 -- train.py config/gpt2_") for line in trained)
+    folders = [line.split("--out_dir ")[1].split()[0] for line in trained]
+    assert len(set(folders)) == len(folders)
+    for what in ("eval/perplexity.py", "eval/fewshot.py"):
+        assert [line.split("--run ")[1].split()[0] for line in lines if what in line] == folders
+    table, = [line.split() for line in lines if "eval/tables.py" in line]
+    assert table[2:] == [*folders, "--out", f"results/{name}"]
+    small = expect_ok(reproduce(name, DRY_RUN="1", SMOKE="1"))
+    assert 2 <= small.count("config/tiny_cpu.py") <= 8 and "data/slimpajama" not in small
+    array, after = expect_ok(reproduce(name, DRY_RUN="1", SLURM="1")).splitlines()
+    assert f"--array 0-{REPRODUCE[name] - 1} " in array and f"scripts/reproduce_{name}.sh" in array
+    assert "--dependency afterok:JOB" in after
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"SMOKE": "yes"}, ["SMOKE=yes", "1"]), ({"DRY_RUN": "0"}, ["DRY_RUN=0"]), ({"SLURM": "true"}, ["SLURM=true"]),
+    ({"GPUS": "two"}, ["GPUS=two", "number"]), ({"SIZES": "125m"}, ["125m uniform", "gpt2_124m_uniform.py"]),
+    ({"STRATEGIES": "upward"}, ["124m upward"]), ({"SEEDS": "a"}, ["SEEDS=a", "42"]),
+    ({"SMOKE": "1", "STEPS": "5"}, ["STEPS=5", "12"]), ({"SMOKE": "1", "STEPS": "many"}, ["STEPS=many"]),
+    ({"DATA": "nowhere", "GPUS": "1"}, ["nowhere", "prepare_slimpajama.py"])])
+def test_wrong_settings_of_a_reproduction_are_told_in_one_line(settings, words):
+    expect_error(reproduce("slimpajama", **settings), *words)
+
+
+def test_a_short_smoke_run_fills_its_tables(tmp_path):
+    outside = shutil.ignore_patterns(".*", "data", "runs", "results", "wandb", "__pycache__")
+    root = shutil.copytree(ROOT, tmp_path / "clone", ignore=outside)
+    expect_ok(reproduce("c4cc", root, SMOKE="1", STEPS="12", TASKS="none"))
+    made = root / "results" / "smoke" / "c4cc"
+    assert {"table.md", "table.tex", "table.csv", "report.html"} <= {path.name for path in made.iterdir()}
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made.glob("*.png"))
+    text = (made / "table.md").read_text()
+    assert "missing" not in text and "### Perplexity, tiny" in text and "### Loss minus uniform, tiny" in text

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The figures: the toy regression; loss curves, weights and perplexities of four strategies at one size.
+#   bash scripts/reproduce_figures.sh    # data as for reproduce_slimpajama.sh, whose runs of this size and seed it uses
+# Runs: 4 strategies x 1 seed at 124m (4), and the regression on a CPU. Hardware: 1 GPU of 24 GB.
+# Tokens: 328M a run, 1.3 billion in all. Time: 3 A100 hours (estimate, as in config/) and a minute.
+source "$(dirname "$0")/reproduce.sh"
+SEEDS=${SEEDS:-42}
+for size in ${SIZES:-124m}; do
+  for strategy in ${STRATEGIES:-uniform linupper quadratic extremes}; do
+    for seed in $SEEDS; do
+      add "$size" "$strategy" "$seed"
+    done
+  done
+done
+finish
+[ -n "${SLURM:-}" ] || do_ python scripts/reproduce_linear_regression.py --to "$RESULTS/linear_regression" \
+  ${SMOKE:+--seeds 2}
