@@ -199,10 +199,14 @@ def estimate(settings: dict, segments: list[Segment], tokenizer: tokenizers.Toke
     return size / max(disk, 1), size / max(disk, 1) * tokens / max(sampled, 1), sampled / max(seconds, 1e-9)
 
 
+def free_space(out: Path) -> int:
+    """Bytes that are free where `out` is or will be."""
+    return shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+
+
 def check_disk(out: Path, needed: float) -> None:
     """UserError where `needed` bytes do not fit."""
-    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(folder).free) < needed:
+    if (free := free_space(out)) < needed:
         raise UserError(f"--out {out}: the shards need about {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free "
                         "there; make room or choose another --out (--max_tokens_per_domain or --domains take less)")
 
@@ -377,18 +381,19 @@ def main() -> None:
     if args.merge:
         return merge(out)
     settings, part = settings_of(args), parse_part(args.part)
-    tokenizer = tokenizers.load(args.tokenizer)
-    described = {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-                 "eot_token": tokenizer.eot_token}
+    described = tokenizers.describe(args.tokenizer)
     if not args.overwrite and is_complete(out, settings, described):
         return None
     made = make_units(settings)
     mine = made[part[0] - 1::part[1]]
     segments = [segment for unit in mine for segment in unit]
     size, rate = sum(segment.size for segment in segments), 0.0
-    if size:
-        text_rate, token_rate, speed = estimate(settings, segments, tokenizer)
+    # Compressed text grows tenfold at most and has hardly more than a token of two bytes for each of its own.
+    if size and (args.dry_run or 30 * size > free_space(out)):
+        text_rate, token_rate, speed = estimate(settings, segments, tokenizers.load(args.tokenizer))
         rate = 2 * token_rate
+    elif settings["source"] == "files":  # a wrong --schema or file is told before there is a plan that remembers it
+        next(sources.read(settings, segments[0]), None)
     if args.dry_run:
         for path in dict.fromkeys(segment.path for segment in segments):
             print(f"{sum(s.size for s in segments if s.path == path):>16,} bytes  {path}")

@@ -19,7 +19,10 @@ from errors import UserError
 # The hashes that tiktoken itself checks after its download.
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-NAMES = ("gpt2", "bytes")
+# name -> n_vocab, eot_token, sha256 of load(name), known without the time that reading a vocabulary takes
+FACTS = {"gpt2": (50257, 50256, "5179c95f002c1e19e034e2ac61a2fb511b01641798da4793cf55a8b6edd9a4ac"),
+         "bytes": (257, 256, "22eca7f14f07dee5f965c736367e3a233de0b69532c2122e784fd47176bdaba6")}
+NAMES = tuple(FACTS)
 PROBE = "Naïve readers: 3,141 words, don't panic!\n\n    def f(x):\treturn x**2  # 日本語"  # tells tokenizers apart
 
 
@@ -83,11 +86,17 @@ def load(name: str) -> Tokenizer:
     raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")
 
 
+def describe(name: str) -> dict:
+    """What a manifest says of the tokenizer."""
+    n_vocab, eot_token, sha256 = FACTS[name]
+    return {"name": name, "sha256": sha256, "n_vocab": n_vocab, "eot_token": eot_token}
+
+
 def find(sha256: str | None) -> Tokenizer:
     """The tokenizer with a hash that a run's state.json names; UserError if it is none of ours."""
-    for tokens in map(load, NAMES):
-        if tokens.sha256 == sha256:
-            return tokens
+    for name in NAMES:
+        if describe(name)["sha256"] == sha256:
+            return load(name)
     raise UserError(f"the model was trained with a tokenizer that is none of {', '.join(NAMES)}; it cannot read text")
 
 

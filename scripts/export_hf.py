@@ -231,14 +231,11 @@ def main() -> None:
     for (file, keys), content in zip(NEEDED.items(), (config, state), strict=True):
         if lacking := [key for key in keys if key not in content]:
             raise UserError(f"{file} of {args.run} has no {lacking[0]!r}; restore it")
-    name = next((n for n in tokenizer.NAMES if tokenizer.load(n).sha256 == state.get("tokenizer_sha256")), None)
-    if name is None:
-        raise UserError(f"{folder} was trained with a tokenizer that is not one of {', '.join(tokenizer.NAMES)}")
-    tokens, to = tokenizer.load(name), args.to or run_dir / "hf"
+    tokens, to = tokenizer.find(state["tokenizer_sha256"]), args.to or run_dir / "hf"
 
     def write(target: Path) -> None:
         model = checkpoint.load_model(folder).to_pretrained(tokens.n_vocab, tokens.eot_token)
-        write_tokenizer(name, model.config.n_positions, target)
+        write_tokenizer(tokens.name, model.config.n_positions, target)
         write_text(target / "README.md", card(run_dir, config, state, tokens, model.num_parameters()))
         model.save_pretrained(target, max_shard_size="1TB")  # one file
         shutil.copymode(target / "config.json", target / "model.safetensors")  # the writer lets nobody else read it

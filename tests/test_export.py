@@ -326,7 +326,7 @@ def test_wrong_exports(exported, tmp_path):
     fails("Not a directory", to=run_dir / "config.json" / "hf")
     fails("cannot be written", to="/proc/hf")
     for text, words in (("{", "cannot be read"), ('{"step": 3}', "'gpt'"),
-                        (good.replace(BYTES.sha256, "0" * 64), "tokenizer that is not one of gpt2, bytes")):
+                        (good.replace(BYTES.sha256, "0" * 64), "tokenizer that is none of gpt2, bytes")):
         state.write_text(text)
         fails(words)
     state.write_text(good)

@@ -64,6 +64,13 @@ def test_hashes_tell_tokenizers_apart():
     assert tokenizer.load("gpt2").sha256 != tokenizer.load("bytes").sha256
 
 
+def test_what_is_known_without_the_vocabulary_is_so():
+    for name in tokenizer.NAMES:
+        tokens, facts = tokenizer.load(name), tokenizer.describe(name)
+        assert facts == {key: getattr(tokens, key) for key in facts}
+        assert tokenizer.find(tokens.sha256).name == name
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match="known: gpt2, bytes"):
         tokenizer.load("gpt4")
