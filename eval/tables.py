@@ -61,7 +61,7 @@ class Row(NamedTuple):
         texts = [cell(v, self.digits, self.sign, e) for v, e in zip(self.values, errors, strict=True)]
         means = [text.split(" ")[0] for text in texts]
         numbers = [float(mean) for mean, v in zip(means, self.values, strict=True) if numbers_of(v)]
-        if self.best is None or len(numbers) < 2:
+        if self.best is None or len(set(numbers)) < 2:
             return [(text, False) for text in texts]
         best = f"{self.best(numbers):{self.sign}.{self.digits}f}"
         return [(text, mean == best) for text, mean in zip(texts, means, strict=True)]

@@ -92,8 +92,9 @@ def test_csv(runs):
 
 
 def test_latex(tmp_path):
-    runs = [make_run(tmp_path / f"{s}{norm[0]}{k}", [1.0, 2.0 + k], reweight=s, seed=k, reweight_norm=norm)
-            for s, norm in (("uniform", "x"), ("upper", "a_%b&<c>\\d#$^~{"), ("upper", "y")) for k in (1, 2)]
+    runs = [make_run(tmp_path / f"{s}{norm[0]}{k}", [loss, 2.0 + k], reweight=s, seed=k, reweight_norm=norm)
+            for s, norm, loss in (("uniform", "x", 1.0), ("upper", "a_%b&<c>\\d#$^~{", 1.1), ("upper", "y", 1.1))
+            for k in (1, 2)]
     text = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
     assert text.startswith(r"% \usepackage{booktabs}")
     tabulars = re.findall(r"\\begin{tabular}{(.*?)}\n(.*?)\\end{tabular}", text, re.DOTALL)
@@ -106,7 +107,7 @@ def test_latex(tmp_path):
     assert rf"reweight\_norm={names}" in text
     bare = re.sub(r"\\[_%&#${}]", "", text.split("\n", 1)[1])  # what is left is LaTeX's own
     assert not re.search(r"[%#_^~±]", bare) and bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
-    assert r"\textbf{2.718 $\pm$ 0.000}" in text and "\\midrule\nexp(average loss)" in text
+    assert r"\textbf{2.718 $\pm$ 0.000} & 3.004" in text and "\\midrule\nexp(average loss)" in text
 
 
 def test_latex_has_real_minus_signs(runs):
