@@ -104,11 +104,18 @@ class MLP(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the precision of its input, also where FSDP hands out its parameters in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = LayerNorm(config.n_embd), MLP(config)
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
                 recompute: str = "none") -> Tensor:
@@ -137,7 +144,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -84,6 +84,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on cuda
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks: a whole model on each, or 1/ranks of it
+    loss_chunk: int = -1  # logits' rows that exist at a time; 0: all; -1: 2,048 where all would not fit in memory
+    recompute: Literal["none", "selective", "full"] = "none"  # in backward, of a block: all but matrix products, or all
     dry_run: bool = False  # print the plan and exit
 
     def __post_init__(self):
@@ -91,8 +93,9 @@ class TrainConfig:
                     "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= 0):
-                allowed = "above 0" if field.name in positive else "0 or more"
+            lowest = -1 if field.name == "loss_chunk" else 0
+            if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= lowest):
+                allowed = "above 0" if field.name in positive else f"{lowest} or more"
                 raise UserError(f"--{field.name} {value}: must be {allowed}")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: must be below 2**63")
@@ -110,7 +113,7 @@ class TrainConfig:
 # A resumed run may change these; everything else is part of what is being measured.
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "eval_interval", "eval_windows", "resume",
               "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "compile", "dry_run",
-              "max_skipped_steps", "record_samples", "parallel"}
+              "max_skipped_steps", "record_samples", "parallel", "loss_chunk", "recompute"}
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -293,9 +296,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     raw = (pretrained.load_source(config.init_from, gpt) if config.init_from and not resumed else GPT(gpt)).to(device)
+    raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
     if config.compile == "on":
         raw.compile()
-    model = distributed.data_parallel(raw, raw.h, device, config.parallel)
+    model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
     optimizer = make_optimizer(raw, config)
     tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
     if resumed:
