@@ -1,4 +1,4 @@
-"""Peak memory of a training step against memory.py's prediction, the head's share, and what saving memory costs in time.
+"""Peak memory of a training step against memory.py's prediction, the head's share, and what saving memory costs.
 
     python scripts/bench_memory.py                       # all cases of this device: predicted, measured
     python scripts/bench_memory.py --what head           # the same model with more and more tokens at a time
@@ -62,16 +62,17 @@ CASES = {
     "wide, fsdp, bfloat16": (WIDE, 2, 1, 2, {"parallel": "fsdp", "dtype": "bfloat16"}),
     "wide, fsdp, 2 micro-steps": (WIDE, 2, 2, 2, {"parallel": "fsdp"}),
 }
-HEAD = {f"{512 * B} tokens, loss_chunk {chunk}": (replace(SMALL, n_layer=1, block_size=512), B, 1, 1, {"loss_chunk": chunk})
+FLAT = replace(SMALL, n_layer=1, block_size=512)
+HEAD = {f"{512 * B} tokens, loss_chunk {chunk}": (FLAT, B, 1, 1, {"loss_chunk": chunk})
         for B in (1, 2, 4, 8) for chunk in (0, 256)}
 TIMED = {"plain": {}, "loss_chunk 256": {"loss_chunk": 256}, "selective": {"recompute": "selective"},
          "full": {"recompute": "full"}, "loss_chunk 256, full": {"loss_chunk": 256, "recompute": "full"}}
 
 
 def stepper(gpt: GPTConfig, B: int, A: int, W: int, settings: dict) -> Callable[[], None]:
-    """A fresh model and optimizer; the result takes one step with them."""
-    config = train.settle(train.TrainConfig(global_batch_size=B * A * W, micro_batch_size=B, reweight="linupper",
-                                            reweight_warmup_steps=0, compile="off", **{"dtype": "float32", **settings}), W)
+    """A fresh model and its optimizer; the result takes one step with them."""
+    settings = {"dtype": "float32", "reweight": "linupper", "reweight_warmup_steps": 0, "compile": "off", **settings}
+    config = train.settle(train.TrainConfig(global_batch_size=B * A * W, micro_batch_size=B, **settings), W)
     device = torch.device(config.device, distributed.ranks().local_rank if config.device == "cuda" else None)
     raw = GPT(gpt).to(device)
     raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
@@ -98,14 +99,14 @@ def peak_bytes(work: Callable[[], None]) -> int:
 
 def measure(case: tuple) -> dict:
     """Peak and growth of this process, in bytes, over making a model and two steps; on every rank."""
-    def two_steps():
+    def work():
         step = stepper(*case)
-        step()
+        step()  # makes the moments
         step()
 
     distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     kib = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-    peak = peak_bytes(two_steps)
+    peak = peak_bytes(work)
     return {"peak": peak, "resident": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kib) * 1024}
 
 
