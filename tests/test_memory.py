@@ -77,7 +77,8 @@ def test_chunks_are_chosen_where_all_logits_would_not_fit(monkeypatch, gigabytes
 
 
 def test_the_plan_says_the_peak(sample_data, tmp_path):
-    flags = ("config/tiny_cpu.py", "--data_dir", sample_data, "--out_dir", tmp_path / "run", "--device=cpu", "--dry_run")
+    flags = ("config/tiny_cpu.py", "--data_dir", sample_data, "--out_dir", tmp_path / "run", "--device=cpu",
+             "--dry_run")
     text = expect_ok(command("train.py", *flags, "--recompute=full", "--loss_chunk=100"))
     gpt = replace(SIZES["tiny"], block_size=128, vocab_size=320)
     expected = memory.predict(gpt, 32, device="cpu", dtype="float32", loss_chunk=100, recompute="full")
