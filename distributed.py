@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,18 +52,23 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str) -> nn.Module:
+def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str,
+                  dtype: str = "float32") -> nn.Module:
     """The model with its gradients averaged over the ranks after backward.
 
     "ddp": every rank holds all of the model. "fsdp": each rank holds 1/W of every parameter, gradient and moment and
-    fetches a block's parameters when it is their turn; the model is changed in place.
+    fetches a block's parameters when it is their turn; the model is changed in place. With dtype bfloat16 it fetches a
+    block's parameters and averages all gradients in bfloat16; parameters, sums over micro-steps and moments stay
+    float32.
     """
     if not dist.is_initialized():
         return model
     if parallel == "fsdp":
-        for block in blocks:
-            fully_shard(block)
-        return fully_shard(model)
+        low = torch.bfloat16 if dtype == "bfloat16" else None
+        for block in blocks:  # what goes from block to block, and the embeddings, keep their float32
+            fully_shard(block, mp_policy=MixedPrecisionPolicy(low, low, cast_forward_inputs=False))
+        return fully_shard(model, mp_policy=MixedPrecisionPolicy(None, low, cast_forward_inputs=False))
+    # No static_graph: the steps are not one graph. Its first pass would be one without gradients or without an average.
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                    gradient_as_bucket_view=True)
 

@@ -7,10 +7,13 @@ Linear ones transposed.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from errors import UserError
 
@@ -52,6 +55,13 @@ class Cache:
         return self.kv[0, :, :, :self.used], self.kv[1, :, :, :self.used]
 
 
+# What recompute = "selective" keeps of a block. Attention with dropout is computed again: kept, it would not draw its
+# noise a second time, and the noise that comes after it would be another.
+MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+             for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -65,9 +75,21 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, dropout_p=dropout)
+        y = attend(q, k, v, mask, dropout, multiple=8 if x.is_cuda else 1)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, multiple: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for (B, H, T, D) queries -> (B, H, T, D); without a mask, causal.
+
+    D is filled up to a multiple with zeros, which change nothing: the fused kernels for GPUs want multiples of 8.
+    """
+    D = q.size(-1)
+    if D % multiple:
+        q, k, v = (F.pad(x, (0, -D % multiple)) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=1 / math.sqrt(D))
+    return y[..., :D]
 
 
 class MLP(nn.Module):
@@ -82,27 +104,47 @@ class MLP(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the precision of its input, also where FSDP hands out its parameters in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
+                recompute: str = "none") -> Tensor:
+        if recompute != "none":
+            noisy, options = self.training and self.attn.dropout > 0, {}
+            if recompute == "selective":
+                kept = MATMULS if noisy else MATMULS + ATTENTION
+                options = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+            # not self(x): FSDP's hooks on the block must run once
+            return checkpoint(self.forward, x, use_reentrant=False, preserve_rng_state=noisy, **options)
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 with learned positions, pre-LayerNorm and a head tied to the token embedding."""
+    """GPT-2 with learned positions, pre-LayerNorm and a head tied to the token embedding.
+
+    Two attributes trade time for memory and leave the result alone. loss_chunk: rows of the (B * T, V) logits that
+    exist at a time where losses are asked for; 0: all. recompute: what backward computes again of each block; "none",
+    "selective" (all but matrix products and attention), "full" (all).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.loss_chunk, self.recompute = config, 0, "none"
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -128,16 +170,17 @@ class GPT(nn.Module):
         assert T <= self.config.block_size, f"{T} tokens, but the model has {self.config.block_size} positions"
         x = self.wte(idx) + (self.wpe.weight[:T] if position is None else self.wpe(position))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for i, block in enumerate(self.h):
-            x = block(x) if caches is None else block(x, caches[i], mask)
+            x = block(x, recompute=recompute) if caches is None else block(x, caches[i], mask)
         return self.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits, or with (B, T) targets -> (B, T) float32 token losses in nats."""
-        logits = F.linear(self.hidden(idx), self.wte.weight)  # (B, T, V)
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            return F.linear(x, self.wte.weight)
+        losses = token_losses(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.loss_chunk)
         return losses.view_as(targets).clone()  # FSDP hooks onto what is returned, which must not be a view
 
     @classmethod
@@ -165,6 +208,25 @@ class GPT(nn.Module):
         weights = conv1d_transposed(self.state_dict())
         target.transformer.load_state_dict({**weights, "wte.weight": weights["wte.weight"][:n_vocab]})
         return target
+
+
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """(N, C) hidden states, (V, C) weight of the head, (N,) targets -> (N,) float32 losses in nats.
+
+    chunk: rows of logits that exist at a time, forward and backward, which makes them again; 0: all N, kept.
+    """
+    def losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+
+    def chunk_losses(x: Tensor, targets: Tensor) -> Tensor:
+        # A view, which autocast does not keep a bfloat16 copy of: each chunk has its own, and their gradients are
+        # added up in float32.
+        return losses(x, weight.view_as(weight), targets)
+
+    if not 0 < chunk < len(x):
+        return losses(x, weight, targets)
+    return torch.cat([checkpoint(chunk_losses, *rows, use_reentrant=False, preserve_rng_state=False)
+                      for rows in zip(x.split(chunk), targets.split(chunk), strict=True)])
 
 
 def conv1d_transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

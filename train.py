@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import checkpoint
 import data
 import distributed
+import memory
 import pretrained
 from configurator import parse
 from distributed import print0
@@ -31,7 +31,8 @@ from errors import UserError, run
 from eval.perplexity import evaluate, validation_windows
 from manifest import data_hash, read_manifest
 from metrics import Metrics, versions
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES
+from plan import describe
 from reweight import NORMS, STRATEGIES, domain_means, sample_weights, track_domain_losses
 from telemetry import Telemetry
 
@@ -84,6 +85,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on cuda
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks: a whole model on each, or 1/ranks of it
+    loss_chunk: int = -1  # logits' rows that exist at a time; 0: all; -1: 2,048 where all would not fit in memory
+    recompute: Literal["none", "selective", "full"] = "none"  # in backward, of a block: all but matrix products, or all
     dry_run: bool = False  # print the plan and exit
 
     def __post_init__(self):
@@ -91,8 +94,9 @@ class TrainConfig:
                     "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= 0):
-                allowed = "above 0" if field.name in positive else "0 or more"
+            lowest = -1 if field.name == "loss_chunk" else 0
+            if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= lowest):
+                allowed = "above 0" if field.name in positive else f"{lowest} or more"
                 raise UserError(f"--{field.name} {value}: must be {allowed}")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: must be below 2**63")
@@ -110,7 +114,7 @@ class TrainConfig:
 # A resumed run may change these; everything else is part of what is being measured.
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "eval_interval", "eval_windows", "resume",
               "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "compile", "dry_run",
-              "max_skipped_steps", "record_samples", "parallel"}
+              "max_skipped_steps", "record_samples", "parallel", "loss_chunk", "recompute"}
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -236,33 +240,6 @@ def identity(config: TrainConfig, data_hash: str, W: int) -> dict:
     return {**settings, "data": data_hash, "samples weighted together": together}
 
 
-def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, train: data.Split, W: int) -> str:
-    """The plan in a few lines."""
-    with torch.device("meta"):
-        n = GPT(gpt).n_parameters()
-    A = config.global_batch_size // (W * config.micro_batch_size)
-    tokens = config.global_batch_size * config.block_size
-    p = np.diff(sampler.cumulative, prepend=0)
-    epochs = ", ".join(f"{d} {p[i]:.3f} x {config.max_steps * config.global_batch_size / train.n_windows[i]:.2f}"
-                       for i, d in enumerate(train.domains) if p[i])
-    gigabytes = 16 * n / 1e9 / (W if config.parallel == "fsdp" else 1)
-    weights = [config.reweight]
-    if config.reweight != "uniform":
-        way = f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)" if config.r_start else ""
-        weights += [f"r {config.r}{way}", config.reweight_norm, f"after {config.reweight_warmup_steps:,} uniform steps"]
-        weights += [f"at most {config.max_weight} / G"] if config.max_weight else []
-        if A > 1 and config.reweight_scope == "global":
-            weights.append("with a first pass for the losses (about a third more compute)")
-    return (f"model      {config.model}: {n:,} parameters, vocabulary {gpt.vocab_size}, {gigabytes:.2f} GB per rank "
-            f"for weights, gradients and AdamW (activations come on top)\n"
-            f"batch      {config.global_batch_size} sequences x {config.block_size} tokens = {tokens:,} tokens a step: "
-            f"{W} ranks ({config.parallel}) x {A} micro-steps x {config.micro_batch_size} sequences\n"
-            f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, {config.device}, "
-            f"{config.dtype}, compile {config.compile}, in {config.out_dir}\n"
-            f"reweight   {', '.join(weights)}\n"
-            f"mixture    {config.mixture} (probability x windows drawn / windows there): {epochs}")
-
-
 def main() -> None:
     rank, _, W = distributed.ranks()
     config = settle(parse(TrainConfig, __doc__, sys.argv[1:]), W)
@@ -278,6 +255,7 @@ def main() -> None:
                   vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
     if config.init_from:
         gpt = pretrained.source_config(str(resumed or config.init_from), gpt, config.model, manifest["tokenizer"])
+    config = memory.settle_loss_chunk(config, gpt, W)
     print0(describe(config, gpt, sampler, train, W))
     if config.dry_run:
         return
@@ -293,9 +271,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     raw = (pretrained.load_source(config.init_from, gpt) if config.init_from and not resumed else GPT(gpt)).to(device)
+    raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
     if config.compile == "on":
         raw.compile()
-    model = distributed.data_parallel(raw, raw.h, device, config.parallel)
+    model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
     optimizer = make_optimizer(raw, config)
     tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
     if resumed:

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node W tests/layout_worker.py OUT.pt
 
-OUT.pt: {(parallel, B, scope, dropout): {strategy: gradient, norm, losses, weights}}, and under (parallel, B, "train")
-the losses of 20 steps and what a step with a NaN on the last rank did.
+OUT.pt: {(parallel, B, scope, dropout): {strategy: gradient, norm, losses, weights}}, under (parallel, B, "train") the
+losses of 20 steps and what a step with a NaN on the last rank did; both for B = 4 and each way of saving memory under
+(parallel, way, dropout) and (parallel, way, "train"), and one step in bfloat16 under (parallel, "bfloat16").
 """
 
 import sys
@@ -29,6 +30,9 @@ VARIANTS = {**{name: {"reweight": name} for name in STRATEGIES},
             "robust": {"reweight": "linupper", "reweight_norm": "quantile", "max_weight": 1.2, "r_start": 2.0,
                        "r_steps": 10}}
 
+WAYS = {"loss_chunk": {"loss_chunk": 7}, "full": {"recompute": "full"},
+        "selective, loss_chunk": {"recompute": "selective", "loss_chunk": 40}}
+
 
 class Recorder(torch.optim.SGD):
     """Keeps the gradients of its last step and changes nothing."""
@@ -48,11 +52,12 @@ def expected_losses() -> torch.Tensor:
     return torch.arange(G) % 3 * 0.5
 
 
-def small_model(dropout: float) -> GPT:
+def small_model(dropout: float, loss_chunk: int = 0, recompute: str = "none") -> GPT:
     torch.manual_seed(1)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=V, dropout=dropout))
     with torch.no_grad():
         model.wte.weight.mul_(20)  # far from the uniform prediction of a fresh model
+    model.loss_chunk, model.recompute = loss_chunk, recompute
     return model
 
 
@@ -62,10 +67,10 @@ def config_of(B: int, W: int, **settings) -> train.TrainConfig:
     return train.settle(replace(base, **settings), W)
 
 
-def one_step(model: torch.nn.Module, variant: str, B: int, scope: str) -> dict:
+def one_step(model: torch.nn.Module, variant: str, B: int, scope: str, dtype: str = "float32") -> dict:
     rank, _, W = distributed.ranks()
     mine = slice(rank * G // W, (rank + 1) * G // W)
-    config = config_of(B, W, reweight_scope=scope, grad_clip=0.0, **VARIANTS[variant])
+    config = config_of(B, W, reweight_scope=scope, grad_clip=0.0, dtype=dtype, **VARIANTS[variant])
     optimizer, rows = Recorder(model.parameters(), lr=1.0), global_batch()[mine]
     expected = expected_losses()[mine] if variant == "robust" else None
     losses, weights, norm = train.train_step(model, optimizer, rows[:, :-1], rows[:, 1:], 3, config, expected)
@@ -114,6 +119,18 @@ def main() -> None:
             if (scope, dropout) == ("global", 0.0):
                 results[parallel, B, "train"] = twenty_steps(raw, model, B)
             del model, raw
+        for way, settings in WAYS.items() if W <= 2 else ():
+            for dropout in (0.0, 0.2):
+                raw = small_model(dropout, **settings)
+                model = distributed.data_parallel(raw, raw.h, device, parallel)
+                results[parallel, way, dropout] = {v: one_step(model, v, 4, "global") for v in VARIANTS}
+            results[parallel, way, "train"] = twenty_steps(raw, model, 4)
+            del model, raw
+        raw = small_model(0.0)
+        model = distributed.data_parallel(raw, raw.h, device, parallel, "bfloat16")
+        results[parallel, "bfloat16"] = one_step(model, "linupper", 4, "global", "bfloat16")
+        assert all(distributed.full(p).dtype == torch.float32 for p in raw.parameters())
+        del model, raw
     if distributed.ranks().rank == 0:
         torch.save(results, sys.argv[1])
     distributed.cleanup()

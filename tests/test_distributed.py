@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, expect_ok
-from layout_worker import VARIANTS, G, expected_losses, global_batch, small_model
+from layout_worker import VARIANTS, WAYS, G, expected_losses, global_batch, small_model
 from test_reweight import FORMULAS, reference
 
 import data
@@ -60,6 +60,31 @@ def test_every_layout_trains_alike(results, W, parallel, B):
 @layouts
 def test_a_nan_on_one_rank_skips_the_step_on_all(results, W, parallel, B):
     assert results(W)[parallel, B, "train"]["unchanged"]
+
+
+@pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
+    """Against the plain step with the same B, with and without dropout; a NaN skips the step there as well."""
+    for dropout in (0.0, 0.2):
+        expected, got = results(1)["ddp", 4, "global", dropout], results(W)[parallel, way, dropout]
+        for variant in VARIANTS:
+            assert relative(got[variant]["gradient"], expected[variant]["gradient"]) < 1e-6
+            torch.testing.assert_close(got[variant]["losses"], expected[variant]["losses"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(got[variant]["weights"], expected[variant]["weights"], atol=1e-6, rtol=0)
+            if W == 1 and "loss_chunk" not in way:
+                assert torch.equal(got[variant]["gradient"], expected[variant]["gradient"])
+    train = results(W)[parallel, way, "train"]
+    assert train["unchanged"]
+    # 20 steps with dropout noise: the same B gives the same noise
+    torch.testing.assert_close(train["losses"], results(1)["ddp", way, "train"]["losses"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_a_step_in_bfloat16_is_near_the_one_in_float32(results, one, W, parallel):
+    got, expected = results(W)[parallel, "bfloat16"], one["linupper"]
+    assert 1e-4 < relative(got["gradient"], expected["gradient"]) < 1e-2
+    torch.testing.assert_close(got["weights"], expected["weights"], atol=2e-3, rtol=0)
 
 
 def reference_weights(losses, variant):

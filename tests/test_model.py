@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, Cache, GPTConfig, attend, token_losses
 
 SMALL = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, vocab_size=211)
 PARAMETERS = {"tiny": 7_357_312, "124m": 124_439_808, "210m": 209_494_272, "355m": 354_823_168, "684m": 684_181_200,
@@ -80,3 +81,102 @@ def test_dropout_works_in_training_only():
     x = torch.randint(0, 211, (1, 20))
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+def step(dropout=0.0, bf16=False, compiled=False, **ways):
+    """Token losses (4, 20) and all gradients of their weighted sum, the weights known only after the forward pass."""
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, dropout=dropout))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # far from the uniform prediction of a fresh model
+    for name, value in ways.items():
+        setattr(model, name, value)
+    if compiled:
+        model.compile(fullgraph=True, backend="aot_eager")
+    idx = torch.randint(0, 211, (4, 21))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = model(idx[:, :-1], idx[:, 1:])
+    (losses.detach().mean(1).softmax(0) * losses.mean(1)).sum().backward()
+    return losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 79, 80, 1000])
+def test_losses_in_chunks_equal_the_plain_head(chunk):
+    (losses, gradient), (expected, plain) = step(loss_chunk=chunk), step()
+    assert losses.shape == (4, 20) and losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    assert relative(gradient, plain) < 1e-5
+
+
+def test_chunks_in_bfloat16_add_up_in_float32():
+    """512 chunks are as near to the float32 gradient as the plain head; added up in bfloat16 they would not be."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(512, 16, generator=generator), torch.randn(32, 16, generator=generator)
+    targets = torch.randint(0, 32, (512,), generator=generator)
+
+    def gradient(chunk, bf16):
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            token_losses(x, leaf, targets, chunk).sum().backward()
+        return leaf.grad
+    exact = gradient(0, False)
+    assert relative(gradient(1, True), exact) < 1.5 * relative(gradient(0, True), exact)
+    (losses, whole), (expected, plain) = step(bf16=True, loss_chunk=7), step(bf16=True)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    assert relative(whole, plain) < 2e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(recompute, dropout):
+    assert all(map(torch.equal, step(dropout, recompute=recompute), step(dropout)))
+    assert all(map(torch.equal, step(dropout, bf16=True, recompute=recompute), step(dropout, bf16=True)))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_compiled_model_is_one_graph_with_the_same_gradients(recompute):
+    losses, gradient = step(compiled=True, loss_chunk=16, recompute=recompute)
+    expected, plain = step()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    assert relative(gradient, plain) < 1e-5
+
+
+def test_selective_keeps_matrix_products_and_full_does_them_again():
+    def flops(**ways):
+        with FlopCounterMode(display=False) as counter:
+            step(**ways)
+        return counter.get_total_flops()
+    assert flops(recompute="selective") == flops()
+    assert flops(loss_chunk=40) == flops() + 2 * 80 * 211 * 64  # the logits once more
+    assert flops(recompute="full") > 1.1 * flops()
+
+
+def test_the_cache_works_with_recomputation_set():
+    torch.manual_seed(0)
+    model, idx = GPT(SMALL).eval(), torch.randint(0, 211, (2, 20))
+    expected = model.hidden(idx)
+    model.recompute = "full"
+    caches = [Cache(20) for _ in model.h]
+    with torch.inference_mode():
+        first, mask = model.hidden(idx[:, :19], caches), torch.ones(2, 1, 1, 20, dtype=torch.bool)
+        last = model.hidden(idx[:, 19:], caches, torch.full((2, 1), 19), mask)
+    torch.testing.assert_close(torch.cat([first, last], 1), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_padded_head_dimension_changes_nothing(masked):
+    """Of 50, as the 684M model has: output and gradients."""
+    q, k, v = torch.randn(3, 2, 4, 12, 50, generator=torch.Generator().manual_seed(0)).unbind()
+    mask = torch.ones(12, 12, dtype=torch.bool).tril(2) if masked else None
+
+    def attention(multiple):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, mask, 0.0, multiple)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+    assert attention(8)[0].shape == q.shape
+    for padded, plain in zip(attention(8), attention(1), strict=True):
+        torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
