@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
+
 
 class Ranks(NamedTuple):
     rank: int
@@ -27,8 +29,13 @@ class Ranks(NamedTuple):
 
 def ranks() -> Ranks:
     """This process's place, from torchrun's environment."""
-    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)),
-                 int(os.environ.get("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (os.environ.get(name, default) for name, default in
+                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    given = f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={world_size}"
+    if not (all(x.isdecimal() for x in (rank, local_rank, world_size)) and int(rank) < int(world_size)):
+        raise UserError(f"{given} in the environment: expected numbers, RANK below WORLD_SIZE; start with torchrun, or "
+                        "unset them")
+    return Ranks(int(rank), int(local_rank), int(world_size))
 
 
 def setup(device_type: str) -> torch.device:
@@ -37,6 +44,9 @@ def setup(device_type: str) -> torch.device:
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if ranks().world_size > 1:
+        if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"WORLD_SIZE={ranks().world_size}, but no {lacking[0]} in the environment; start with "
+                            "torchrun, or unset WORLD_SIZE")
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:

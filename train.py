@@ -90,12 +90,11 @@ class TrainConfig:
         positive = ("block_size", "r", "delta", "global_batch_size", "max_steps", "learning_rate", "eval_interval",
                     "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, least = getattr(self, field.name), "above 0" if field.name in positive else "0 or more"
             if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= 0):
-                allowed = "above 0" if field.name in positive else "0 or more"
-                raise UserError(f"--{field.name} {value}: must be {allowed}")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed}: must be below 2**63")
+                raise UserError(f"--{field.name} {value}: must be {least}")
+            if isinstance(value, int | float) and value >= 2**(bits := 63 if field.name == "seed" else 31):
+                raise UserError(f"--{field.name} {value}: must be below 2**{bits}")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
         for name in ("dropout", "beta1", "beta2"):
@@ -127,9 +126,8 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
                         "lower --nproc_per_node")
     G, B = config.global_batch_size, config.micro_batch_size or config.global_batch_size // world_size
     if B == 0 or G % (B * world_size):
-        fits = [b for b in range(1, G // world_size + 1) if G % (b * world_size) == 0]
-        raise UserError(f"--global_batch_size {G} is not a multiple of {B or 1} sequences x {world_size} ranks; " +
-                        (f"use --micro_batch_size {fits[-1]}" if fits else f"use a multiple of {world_size}"))
+        raise UserError(f"--global_batch_size {G} is not a multiple of {B or 1} sequences x {world_size} ranks; use " +
+                        (f"a multiple of {world_size}" if G % world_size else f"--micro_batch_size {G // world_size}"))
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     pick = {"dtype": "bfloat16" if bf16 else "float32", "compile": "on" if device == "cuda" else "off"}
     pick["model"] = f"from_{Path(config.init_from).name}" if config.init_from else "124m"

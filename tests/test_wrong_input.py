@@ -1,0 +1,378 @@
+"""Wrong input, a table per command: each ends with one line that names it and exit code 2, never with a traceback.
+
+The other tests of a command have its wrong inputs too; here is what a stranger does: wrong paths, damaged files, numbers
+out of all range, nonsense in the environment, a disk that is full or may not be written.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, command, expect_error, expect_ok, write_shards
+
+import data
+from manifest import read_manifest
+
+SMALL = ("config/tiny_cpu.py", "--block_size=16", "--global_batch_size=4", "--eval_windows=2", "--max_steps=2",
+         "--device=cpu", "--data_dir={data}", "--out_dir={tmp}/out")
+CONFIGS = {  # name of the file -> text
+    "syntax": "r = 0.4\nseed = = 1\n", "indent": "  r = 0.4\n", "quote": "model = 'tiny\n", "unknown": "lerning_rate = 1\n",
+    "text": "max_steps = 'many'\n", "none": "seed = None\n", "list": "mixture = ['c4']\n", "fraction": "max_steps = 1e3\n",
+    "boolean": "dry_run = 3\n", "raises": "open('/nowhere')\n", "import": "import no_such_module\n", "exits": "exit(3)\n",
+    "choice": "reweight = 'linuper'\n", "long": "max_steps = 10**5000\n", "function": "def r(): return 1\n",
+    "recursion": "def f(): return f()\nf()\n", "assert": "assert False\n",
+    "class": "class Model: pass\n", "bytes": "seed = b'1'\n",
+}
+
+
+def damage(manifest: dict, case: str):
+    """What a manifest.json of a wrong folder holds."""
+    shard = manifest["domains"]["c4"]["train"][0]
+    if case == "list":
+        return [manifest]
+    if case == "truncated":
+        return json.dumps(manifest)[:300]
+    if case == "binary":
+        return "\ud800\x00"
+    if case == "number":
+        return 5
+    if case == "older schema":
+        return {**manifest, "schema": 0}
+    if case in ("tokenizer", "domains", "source"):
+        return {key: value for key, value in manifest.items() if key != case}
+    if case == "domains are a list":
+        return {**manifest, "domains": list(manifest["domains"])}
+    if case == "tokenizer is a name":
+        return {**manifest, "tokenizer": "gpt2"}
+    if case == "no domain":
+        return {**manifest, "domains": {}}
+    if case == "vocabulary is text":
+        return {**manifest, "tokenizer": {**manifest["tokenizer"], "n_vocab": "many"}}
+    if case == "vocabulary is huge":
+        return {**manifest, "tokenizer": {**manifest["tokenizer"], "n_vocab": 10**12}}
+    if case == "shards are text":
+        manifest["domains"]["c4"]["train"] = "train_00000.npy"
+    elif case == "no tokens":
+        del shard["tokens"]
+    elif case == "tokens are text":
+        shard["tokens"] = "many"
+    elif case == "tokens are negative":
+        shard["tokens"] = -5
+    elif case == "more tokens than the file":
+        shard["tokens"] = 10**9
+    elif case == "no file":
+        del shard["file"]
+    elif case == "file elsewhere":
+        shard["file"] = "/etc/hostname"
+    elif case == "file is a folder":
+        shard["file"] = "c4"
+    elif case == "kinds are a number":
+        shard["kinds"] = 3
+    elif case == "bytes of no text":
+        for info in manifest["domains"]["c4"]["val"]:
+            info["bytes"] = 0
+    return manifest
+
+
+MANIFESTS = ("list", "truncated", "binary", "number", "older schema", "tokenizer", "domains", "source", "no domain",
+             "domains are a list", "tokenizer is a name", "vocabulary is text", "vocabulary is huge", "shards are text",
+             "no tokens", "tokens are text", "tokens are negative", "more tokens than the file", "no file",
+             "file elsewhere", "file is a folder", "kinds are a number", "bytes of no text")
+
+
+def linked(source: Path, folder: Path) -> Path:
+    """A data folder with the shards of another, to be damaged: a file that is written anew leaves the other alone."""
+    shutil.copytree(source, folder, copy_function=os.link)
+    return folder
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """Names in the tables -> what is there."""
+    top = tmp_path_factory.mktemp("places")
+    tokens = np.arange(2000) % 250
+    sample_data = write_shards(top / "data", {d: {"train": tokens, "val": tokens[:300]} for d in data.DOMAINS})
+    names = {"data": sample_data, "run": top / "run", "file": top / "file", "empty": top / "empty", "top": top}
+    names["file"].write_text("not what you think\n")
+    names["empty"].mkdir()
+    for name, text in CONFIGS.items():
+        (top / f"{name}.py").write_text(text)
+    (top / "nan.py").write_text("r = float('nan')\n")
+    (top / "latin.py").write_bytes(b"out_dir = '\xe9'\n")
+    (top / "zeros.py").write_bytes(b"\0\0\0")
+    (top / "folder.py").mkdir()
+    flags = [flag.format(data=sample_data, tmp=top) for flag in SMALL]
+    expect_ok(command("train.py", *flags, "--out_dir", names["run"], "--record_samples=1", "--log_interval=1"))
+    expect_ok(command("eval/perplexity.py", "--run", names["run"]))
+    for case in MANIFESTS:
+        folder = linked(sample_data, top / case.replace(" ", "_"))
+        content = damage(json.loads((sample_data / "manifest.json").read_text()), case)
+        text = content if isinstance(content, str) else json.dumps(content)
+        rewrite(folder / "manifest.json", text.encode("utf-8", "surrogatepass"))
+    shard = np.load(sample_data / "c4" / "train_00000.npy")
+    for name, content in (("float", shard.astype(np.float32)), ("two", shard.reshape(1, -1)), ("half", shard[:50])):
+        folder = linked(sample_data, top / name)
+        (folder / "c4" / "train_00000.npy").unlink()
+        np.save(folder / "c4" / "train_00000.npy", content)
+        manifest = read_manifest(folder)
+        if name != "half":  # as long as the manifest says
+            manifest["domains"]["c4"]["train"][0]["file_bytes"] = (folder / "c4" / "train_00000.npy").stat().st_size
+        rewrite(folder / "manifest.json", json.dumps(manifest).encode())
+    for key, name in (("corpus", "corpus"), ("bad", "bad_corpus"), ("runs", "runs")):
+        names[key] = top / name
+        names[key].mkdir()
+    write_corpora(names["corpus"], names["bad"])
+    write_runs(names["run"], names["runs"])
+    (linked(sample_data, top / "gone") / "c4" / "val_00000.npy").unlink()
+    (linked(sample_data, top / "unfinished") / "manifest.json").unlink()
+    return names
+
+
+def write_corpora(good: Path, bad: Path) -> None:
+    """Two small files, and a folder of broken ones."""
+    row = json.dumps({"text": "a text", "meta": {"redpajama_set_name": "RedPajamaC4"}}) + "\n"
+    for name in ("train", "val"):
+        (good / f"{name}.jsonl").write_text(row * 20)
+    contents = {"utf16.jsonl": row.encode("utf-16"), "number.jsonl": b"5\n", "null.jsonl": b"null\n", "blank.jsonl": b"\n",
+                "nul.jsonl": b"\0\0\0\n", "text.parquet": row.encode(), "text.jsonl.zst": row.encode(),
+                "text.jsonl.gz": row.encode()}
+    for name, content in contents.items():
+        (bad / name).write_bytes(content)
+    pq.write_table(pa.table({"text": [1, 2], "meta": [{"redpajama_set_name": 5}] * 2}), bad / "ints.parquet")
+    for name, file in (("plan", "plan.json"), ("state", "unit_00000.json")):
+        args = [arg.format(corpus=good, tmp=bad) for arg in CORPUS]
+        expect_ok(command("prepare_slimpajama.py", *args, f"--out={bad}/{name}", "--part=1/2"))
+        (bad / name / "preparing" / file).write_text("{")
+
+
+def write_runs(run: Path, top: Path) -> None:
+    """Copies of a run, each damaged in its own way."""
+    def changed(name: str, path: str, change) -> None:
+        shutil.copytree(run, top / name)
+        for file in (top / name).glob(path):
+            text = change(json.loads(file.read_text()) if file.suffix == ".json" else file.read_text())
+            file.write_text(text if isinstance(text, str) else json.dumps(text))
+
+    state, config, result = "checkpoints/*/state.json", "config.json", "eval/perplexity.json"
+    for name, change in {
+            "no_state": lambda s: "", "list": lambda s: [s], "truncated": lambda s: json.dumps(s)[:50], "null": lambda s: None,
+            "no_shape": lambda s: {k: v for k, v in s.items() if k != "gpt"},
+            "wrong_shape": lambda s: {**s, "gpt": {**s["gpt"], "n_layer": 2}},
+            "text_shape": lambda s: {**s, "gpt": {**s["gpt"], "n_embd": "wide"}},
+            "huge_shape": lambda s: {**s, "gpt": {**s["gpt"], "n_embd": 4 * 10**12}},
+            "other_names": lambda s: {**s, "gpt": {"layers": 4}}, "tokenizer": lambda s: {**s, "tokenizer_sha256": "0"},
+    }.items():
+        changed(name, state, change)
+        (top / name / "eval" / "perplexity.json").unlink()
+    for name, path, change in (
+            ("config_list", config, lambda c: [c]), ("config_truncated", config, lambda c: json.dumps(c)[:50]),
+            ("config_empty", config, lambda c: {}), ("result_list", result, lambda r: [r]),
+            ("result_truncated", result, lambda r: json.dumps(r)[:50]),
+            ("result_no_domains", result, lambda r: {"step": 2, "val_hash": "x"}),
+            ("other_windows", result, lambda r: {**r, "val_hash": "other"}),
+            ("metrics_numbers", "metrics.jsonl", lambda m: "1\n2\n"),
+            ("metrics_no_step", "metrics.jsonl", lambda m: m.replace('"step"', '"stop"'))):
+        changed(name, path, change)
+    for name in ("no_weights", "folder", "garbage"):
+        shutil.copytree(run, top / name)
+        (weights,) = (top / name).glob("checkpoints/*/model.pt")
+        weights.unlink()
+        if name == "folder":
+            weights.mkdir()
+        elif name == "garbage":
+            weights.write_bytes(b"garbage")
+
+
+def fails(script: str, args: list[str], words: list[str], places: dict, tmp_path: Path) -> None:
+    """The command with the places' names filled in ends with one line that has the words."""
+    names = {**places, "tmp": tmp_path}
+    expect_error(command(script, *(arg.format(**names) for arg in args)), *(word.format(**names) for word in words))
+
+
+HUGE = str(10**30)
+VAL = ["--split=train=train"]
+TRAIN = [  # flags, words of the error
+    # paths
+    (["--data_dir={file}"], ["{file}"]), (["--data_dir={empty}"], ["{empty}", "manifest.json"]),
+    (["--data_dir="], ["''"]), (["--data_dir={top}/unfinished"], ["unfinished", "did not finish"]),
+    (["--data_dir={top}/gone"], ["c4/val_00000.npy is missing"]),
+    (["--data_dir={top}/half"], ["c4/train_00000.npy", "the manifest says"]),
+    (["--data_dir={top}/float", "--mixture=c4cc"], ["c4/train_00000.npy", "float32"]),
+    (["--data_dir={top}/two", "--mixture=c4cc"], ["c4/train_00000.npy", "uint16"]),
+    (["--data_dir={data}/c4"], ["manifest.json"]), (["--data_dir={data}/manifest.json"], ["manifest.json"]),
+    (["--out_dir={file}"], ["{file}"]), (["--out_dir={file}/run"], ["{file}"]),
+    (["--out_dir=/proc/run"], ["/proc/run"]), (["--out_dir=/sys/run"], ["/sys/run"]),
+    ([f"--out_dir=/tmp/{'x' * 300}"], ["xxx"]), (["--init_from={file}"], ["{file}"]),
+    (["--init_from={empty}"], ["{empty}"]), (["--init_from=/nowhere/run"], ["/nowhere/run"]),
+    # config files
+    *(([f"{{top}}/{name}.py"], [f"{name}.py"]) for name in (*CONFIGS, "latin", "zeros", "folder")),
+    (["{top}/nan.py"], ["--r nan"]),
+    (["{top}/nowhere.py"], ["nowhere.py", "not found"]), (["{file}"], ["{file}"]),
+    # manifests
+    *(([f"--data_dir={{top}}/{case.replace(' ', '_')}"], [case.replace(" ", "_")]) for case in MANIFESTS
+      if case not in ("bytes of no text", "source", "kinds are a number", "file elsewhere")),
+    # numbers
+    ([f"--max_steps={HUGE}"], ["--max_steps"]), ([f"--block_size={HUGE}"], ["--block_size"]),
+    ([f"--global_batch_size={HUGE}"], ["--global_batch_size"]), (["--block_size=100000"], ["--block_size", "100000"]),
+    (["--global_batch_size=1000000000000", "--micro_batch_size=7"], ["--global_batch_size"]),
+    ([f"--seed={HUGE}"], ["--seed"]), (["--seed=-1"], ["--seed -1"]), (["--seed=1.5"], ["--seed", "1.5"]),
+    (["--learning_rate=nan"], ["--learning_rate nan"]), (["--learning_rate=inf"], ["--learning_rate inf"]),
+    (["--learning_rate=-1"], ["--learning_rate -1"]), (["--min_lr=nan"], ["--min_lr nan"]),
+    (["--r=inf"], ["--r inf"]), (["--r=nan"], ["--r nan"]), (["--r=0"], ["--r 0"]), (["--delta=inf"], ["--delta inf"]),
+    (["--dropout=nan"], ["--dropout nan"]), (["--dropout=2"], ["--dropout 2"]), (["--beta1=1"], ["--beta1 1"]),
+    (["--beta2=-0.1"], ["--beta2"]), (["--grad_clip=-1"], ["--grad_clip -1"]), (["--grad_clip=inf"], ["--grad_clip"]),
+    (["--weight_decay=inf"], ["--weight_decay"]), (["--max_weight=inf"], ["--max_weight"]),
+    ([f"--eval_interval={HUGE}"], ["--eval_interval"]), (["--eval_windows=0"], ["--eval_windows 0"]),
+    (["--keep_checkpoints=0"], ["--keep_checkpoints 0"]), (["--log_interval=0"], ["--log_interval 0"]),
+    (["--micro_batch_size=-2"], ["--micro_batch_size -2"]), (["--micro_batch_size=8"], ["--global_batch_size 4"]),
+    (["--record_samples=-1"], ["--record_samples -1"]), (["--max_steps=1e3"], ["--max_steps", "1e3"]),
+    (["--r_start=1", "--r_steps=0"], ["--r_start"]), (["--warmup_steps=-1"], ["--warmup_steps -1"]),
+    # flags
+    (["--max_steps="], ["--max_steps"]), (["--max_steps"], ["--max_steps"]), (["-max_steps=3"], ["-max_steps"]),
+    (["--compile=yes"], ["--compile", "yes"]), (["--dry_run=1"], ["--dry_run", "true or false"]),
+    (["--wandb=true"], ["--wandb", "true"]), (["--device=gpu"], ["--device", "gpu"]), (["--device=cuda"], ["cuda"]),
+    (["--dtype=fp16"], ["--dtype", "fp16"]), (["--resume=yes"], ["--resume"]), (["--"], []), (["--=3"], []),
+    (["--batch_size=3"], ["--batch_size", "did you mean"]), (["train"], ["'train'"]), ([""], []),
+]
+
+
+@pytest.mark.parametrize("flags, words", TRAIN, ids=lambda value: " ".join(value)[:60])
+def test_train(flags, words, places, tmp_path):
+    fails("train.py", [*SMALL, *flags], words, places, tmp_path)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+CORPUS = ["--source=files", "--input={corpus}", "--tokenizer=bytes", "--out={tmp}/out", "--workers=1"]
+PREPARE = [  # flags after CORPUS, words of the error
+    (["--input={top}/nowhere"], ["nowhere", "no such file"]), (["--input={empty}"], ["{empty}", "no .jsonl"]),
+    (["--input={file}"], ["{file}", "no .jsonl"]), (["--input="], ["--input"]), (["--input"], ["--input"]),
+    (["--input={top}/*.none"], ["*.none"]), (["--input={bad}/utf16.jsonl", *VAL], ["utf16.jsonl, line 1"]),
+    (["--input={bad}/number.jsonl", *VAL], ["number.jsonl, line 1"]),
+    (["--input={bad}/null.jsonl", *VAL], ["null.jsonl, line 1"]),
+    (["--input={bad}/nul.jsonl", *VAL], ["nul.jsonl, line 1"]),
+    (["--input={bad}/text.parquet", *VAL], ["text.parquet"]), (["--input={bad}/text.jsonl.zst", *VAL], ["text.jsonl"]),
+    (["--input={bad}/text.jsonl.gz", *VAL], ["text.jsonl.gz"]), (["--input={bad}/blank.jsonl", *VAL], ["no document"]),
+    (["--input={bad}/ints.parquet", *VAL], ["ints.parquet"]),
+    (["--out={file}"], ["{file}"]), (["--out={file}/x"], ["{file}"]), (["--out=/proc/x"], ["/proc/x"]),
+    ([f"--out=/tmp/{'x' * 300}"], ["xxx"]), (["--out="], ["--out"]), (["--out=/sys/x"], ["/sys/x"]),
+    ([f"--shard_tokens={HUGE}0", "--workers=0"], ["--workers 0"]), (["--shard_tokens=-1"], ["--shard_tokens -1"]),
+    (["--shard_tokens=1e8"], ["--shard_tokens", "1e8"]), (["--max_tokens_per_domain=-1"], ["--max_tokens_per_domain"]),
+    (["--max_tokens_per_domain=nan"], ["nan"]), (["--skip_bad=x"], ["--skip_bad"]), (["--workers=-3"], ["--workers -3"]),
+    ([f"--workers={HUGE}"], ["--workers"]), ([f"--skip_bad={HUGE}"], ["--skip_bad"]),
+    ([f"--shard_tokens={HUGE}"], ["--shard_tokens"]), ([f"--max_tokens_per_domain={HUGE}"], ["--max_tokens_per_domain"]),
+    (["--source=sample"], ["--input"]), (["--source=hub"], ["--input"]), (["--source=web"], ["--source", "web"]),
+    (["--tokenizer=gpt3"], ["--tokenizer", "gpt2"]), (["--split=train=train,train=test"], ["--split"]),
+    (["--split=,"], ["--split"]), (["--split=train="], ["--split"]), (["--split=test=test"], ["--split"]),
+    (["--domains=,"], ["--domains ,"]), (["--domains=C4"], ["'C4'", "c4"]), (["--holdout=all"], ["--holdout all"]),
+    (["--part=1/0"], ["--part 1/0"]), (["--part=-1/2"], ["--part -1/2"]), (["--part=1/2/3"], ["--part 1/2/3"]),
+    (["--part=²/3"], ["--part ²/3"]), ([f"--part=1/{HUGE}"], ["--part"]), (["--part=9/9"], ["--part 9/9"]),
+    (["--schema="], ["--schema"]), (["--schema=text=text"], ["--schema"]), (["--schema=text=,domain=d"], ["--schema"]),
+    (["--schema=text=meta,domain=text"], ["train.jsonl"]), (["--schema=text=a.b.c,constant=web"], ["train.jsonl"]),
+    (["--merge"], ["--merge"]), (["--merge", "--out={file}"], ["{file}"]), (["--merge", "--out={empty}"], ["{empty}"]),
+    (["--verify={empty}"], ["manifest.json"]), (["--verify={file}"], ["{file}"]), (["--verify="], ["--verify"]),
+    (["--verify={top}/half"], ["c4/train_00000.npy"]), (["--verify={top}/gone"], ["c4/val_00000.npy"]),
+    (["--verify={top}/truncated"], ["truncated"]), (["--verify={top}/tokenizer"], ["tokenizer"]),
+    (["--verify={top}/no_tokens"], ["no_tokens"]), (["--verify={data}", "--workers=0"], ["--workers 0"]),
+    (["--out={top}/list"], ["list"]), (["--out={top}/domains"], ["domains"]), (["--out={data}"], ["holds other data"]),
+    (["--out={bad}/plan"], ["plan.json"]), (["--out={bad}/plan", "--merge"], ["plan.json"]),
+    (["--out={bad}/state"], ["unit_00000.json"]), (["--out={bad}/state", "--merge"], ["unit_00000.json"]),
+    (["stray"], ["'stray'"]), (["--worker=2"], ["--worker", "did you mean '--workers'"]), (["--dry_run=1"], ["--dry_run"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", PREPARE, ids=lambda value: " ".join(value)[:60])
+def test_prepare(flags, words, places, tmp_path):
+    fails("prepare_slimpajama.py", [*CORPUS, *flags], words, places, tmp_path)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+RUNS = [  # wrong --run of every command that takes one
+    ["--run={top}/nowhere"], ["--run={file}"], ["--run={empty}"], ["--run="], ["--run"], ["--run={data}"],
+    ["--run={runs}/no_state"], ["--run={runs}/list"], ["--run={runs}/truncated"], ["--run={runs}/no_shape"],
+    ["--run={runs}/wrong_shape"], ["--run={runs}/no_weights"], ["--run={runs}/folder"], ["--run={runs}/garbage"],
+    ["--run={runs}/huge_shape"], ["--run={runs}/other_names"], ["--rum={run}"], ["--run={run}", "--seed=x"], [],
+    ["--run={runs}/text_shape"], ["--run={runs}/null"], ["--run={runs}/tokenizer"],
+]
+SAMPLE = [["--max_tokens=1e3"], [f"--max_tokens={HUGE}"], [f"--n={HUGE}"], [f"--top_k={HUGE}"], ["--temperature=inf"],
+          [f"--seed={HUGE}"], ["--temperature="], ["--prompt"]]
+PERPLEXITY = [["--data_dir={file}"], ["--data_dir={empty}"], ["--data_dir=/nowhere"], ["--data_dir={top}/half"],
+              ["--data_dir={top}/gone"], ["--data_dir={top}/truncated"], ["--data_dir={top}/no_tokens"],
+              ["--data_dir={top}/tokenizer"], ["--batch_size=0"], ["--batch_size=x"]]
+FEWSHOT = [["--tasks=no_such_task"], ["--tasks="], ["--tasks=,"], [f"--num_fewshot={HUGE}"], ["--limit=-1"],
+           [f"--seed={HUGE}"], ["--include_path={file}"], ["--batch_size=-1"]]
+EXPORT = [["--to={file}"], ["--to={file}/x"], ["--to=/proc/x"], ["--to={run}"], ["--to="], [f"--to=/tmp/{'x' * 300}"]]
+INSPECT = [["--data_dir={file}"], ["--data_dir=/nowhere"], ["--data_dir={top}/truncated"], ["--top=0"], ["--chars=-1"],
+           ["--from_step=99"], ["--from_step=x"], ["--data_dir={top}/no_tokens"]]
+OF_A_RUN = {"eval/perplexity.py": PERPLEXITY, "eval/fewshot.py": FEWSHOT, "eval/inspect_samples.py": INSPECT,
+            "scripts/sample.py": SAMPLE, "scripts/export_hf.py": EXPORT}
+
+
+@pytest.mark.parametrize("script, flags", [
+    (script, flags) for script, own in OF_A_RUN.items()
+    for flags in (*RUNS, *(["--run={run}", *flags] for flags in own))], ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+def test_commands_on_a_run(script, flags, places, tmp_path):
+    fails(script, flags, [], places, tmp_path)
+
+
+TABLES = [[], [""], ["/nowhere"], ["{file}"], ["{empty}"], ["{data}"], ["{runs}/config_list"], ["{runs}/config_truncated"],
+          ["{runs}/config_empty"], ["{runs}/result_list"], ["{runs}/result_truncated"], ["{runs}/result_no_domains"],
+          ["{run}", "{runs}/other_windows"], ["--runs={run}"]]
+TABLES_FLAGS = [["--format=html"], ["--metric=accuracy"], ["--out={empty}"], ["--out=/proc/x"], ["--out={file}/x"],
+                ["--out="], ["--form=csv"]]
+PLOTS_FLAGS = [["--to={file}"], ["--to={file}/x"], ["--to=/proc/x"], ["--to="], ["--to"], ["--tu=x"]]
+OF_RUNS = ([("eval/tables.py", flags) for flags in (*TABLES, *(["{run}", *flags] for flags in TABLES_FLAGS))] +
+           [("eval/plots.py", ["--to={tmp}/out", *flags]) for flags in (
+               *TABLES[1:], ["{runs}/metrics_numbers"], ["{runs}/metrics_no_step"],
+               *(["{run}", *flags] for flags in PLOTS_FLAGS))])
+
+
+@pytest.mark.parametrize("script, flags", OF_RUNS, ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+def test_commands_on_several_runs(script, flags, places, tmp_path):
+    fails(script, flags, [], places, tmp_path)
+
+
+OTHERS = {
+    "scripts/bench_reweight.py": [
+        ["--model=125m"], ["--model"], ["--vocab_size=0"], ["--vocab_size=-1"], ["--vocab_size=x"], ["--block_size=0"],
+        ["--block_size=-8"], [f"--block_size={HUGE}"], ["--global_batch_size=0"], [f"--global_batch_size={HUGE}"],
+        ["--reweight=uniform"], ["--reweight="], ["--rounds=2"], ["--rounds=-1"], ["--rounds=x"], ["--round=9"], ["9"]],
+    "scripts/bench_prepare.py": [
+        [], ["--input"], ["--input={file}"], ["--input={empty}"], ["--input=/nowhere"], ["--input={corpus}", "--repeat=x"],
+        ["--input={corpus}", "--rounds=0"], ["--input={corpus}", "--rounds=-1"], ["--input={corpus}", "--repeat=-1"],
+        ["--input={corpus}", "--repeat=0"], ["--input={corpus}", "--workers=0"], ["--input={corpus}", "--workers"],
+        ["--input={corpus}", "--workers=-1"], ["--input={corpus}", "--workers=two"], ["--inputs={corpus}"], ["{corpus}"]],
+    "scripts/bench_loader.py": [
+        ["--shards=0"], ["--shards=-1"], ["--shards=99"], ["--shards=x"], ["--shards"], ["--shards="], ["--shards=1e4"],
+        ["--batches=0"], ["--batches=-1"], ["--batches=99"], ["--batches=x"], ["--batches"], ["--batch=100"], ["100"],
+        [f"--shards={HUGE}"]],
+    "scripts/bench_fewshot.py": [
+        ["--model=125m"], ["--model"], ["--model="], ["--batch_size=0"], ["--batch_size=-1"], ["--batch_size=x"],
+        ["--batch_size"], ["--batch_size=1e1"], ["--rounds=2"], ["--rounds=0"], ["--rounds=-5"], ["--rounds=x"],
+        ["--rounds"], ["--round=9"], ["small"]],
+    "scripts/study_regime.py": [
+        [], ["--data_dir"], ["--data_dir=/nowhere"], ["--data_dir={file}"], ["--data_dir={empty}"],
+        ["--data_dir={top}/truncated"], ["--data_dir={top}/tokenizer"], ["--data_dir={data}", "--steps=1"],
+        ["--data_dir={data}", "--steps=x"], ["--data_dir={data}", "--jobs=0"], ["--data_dir={data}", "--jobs=-1"],
+        ["--data_dir={data}", "--to={file}"], ["--data_dir={data}", "--to=/proc/x"], ["--data={data}"], ["{data}"],
+        ["--data_dir={top}/gpt2"]],
+}
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script, some in OTHERS.items() for flags in some],
+                         ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+def test_other_commands(script, flags, places, tmp_path):
+    fails(script, flags, [], places, tmp_path)
