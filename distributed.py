@@ -6,6 +6,7 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 
 import gc
 import os
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -29,13 +30,13 @@ class Ranks(NamedTuple):
 
 def ranks() -> Ranks:
     """This process's place, from torchrun's environment."""
-    rank, local_rank, world_size = (os.environ.get(name, default) for name, default in
-                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
-    given = f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={world_size}"
-    if not (all(x.isdecimal() for x in (rank, local_rank, world_size)) and int(rank) < int(world_size)):
-        raise UserError(f"{given} in the environment: expected numbers, RANK below WORLD_SIZE; start with torchrun, or "
+    given = {name: os.environ.get(name, default) for name, default in
+             (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))}
+    if not all(re.fullmatch("[0-9]{1,7}", x) for x in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        there = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{there} in the environment: expected numbers, RANK below WORLD_SIZE; start with torchrun, or "
                         "unset them")
-    return Ranks(int(rank), int(local_rank), int(world_size))
+    return Ranks(int(given["RANK"]), int(given["LOCAL_RANK"]), int(given["WORLD_SIZE"]))
 
 
 def setup(device_type: str) -> torch.device:

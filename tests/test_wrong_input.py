@@ -6,6 +6,7 @@ out of all range, nonsense in the environment, a disk that is full or may not be
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -204,6 +205,7 @@ def fails(script: str, args: list[str], words: list[str], places: dict, tmp_path
 
 HUGE = str(10**30)
 VAL = ["--split=train=train"]
+BATCH = {"INPUT": "/in", "OUT": "/out", "PARTS": "2"}
 TRAIN = [  # flags, words of the error
     # paths
     (["--data_dir={file}"], ["{file}"]), (["--data_dir={empty}"], ["{empty}", "manifest.json"]),
@@ -378,3 +380,85 @@ OTHERS = {
                          ids=lambda v: v if type(v) is str else " ".join(v)[:60])
 def test_other_commands(script, flags, places, tmp_path):
     fails(script, flags, [], places, tmp_path)
+
+
+SHELL = [  # script, variables, arguments, words of the error
+    *(("quickstart.sh", {"STEPS": steps}, [], [f"STEPS={steps}"])
+      for steps in ("0", "-1", "abc", "1e3", "1.5", "٣", " ", "10 20", "$(id)", HUGE)),
+    ("quickstart.sh", {}, ["--help"], ["--help"]), ("quickstart.sh", {}, ["500"], ["500", "STEPS"]),
+    *((script, {"PYTHON": python}, [], ["PYTHON", "3.10 or later"]) for script in ("quickstart.sh", "test.sh")
+      for python in ("/nowhere/python", "/bin/true", "/bin/false", "/tmp", "/etc/hostname", "no such python")),
+    ("quickstart.sh", {"PIP": "1"}, [], ["pip could not install requirements.txt"]),
+    ("test.sh", {"PIP": "1"}, [], ["pip could not install requirements-dev.txt"]),
+    ("environment.sh", {}, [], ["requirements"]), ("environment.sh", {}, ["absent.txt"], ["absent.txt"]),
+    ("environment.sh", {}, ["scripts"], ["scripts"]),
+    *(("slurm/prepare.sbatch", {**BATCH, **env}, [], words) for env, words in (
+        ({"INPUT": ""}, ["set INPUT"]), ({"OUT": ""}, ["set OUT"]), ({"PARTS": "0"}, ["PARTS=0"]),
+        ({"PARTS": "-3"}, ["PARTS=-3"]), ({"PARTS": "many"}, ["PARTS=many"]), ({"PARTS": "1.5"}, ["PARTS=1.5"]),
+        ({"PARTS": HUGE}, ["PARTS"]), ({"PARTS": "1-8"}, ["PARTS=1-8"]), ({"SLURM_ARRAY_TASK_ID": "x"}, ["TASK_ID=x"]),
+        ({}, ["no sbatch here"]))),
+]
+
+
+@pytest.mark.parametrize("script, variables, args, words", SHELL, ids=lambda v: " ".join(v) if type(v) is list else str(v)[:60])
+def test_shell_scripts(script, variables, args, words, tmp_path):
+    """In a copy of the tree whose .venv has a python that does nothing, or fails where PIP is set."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("python() { [ -z \"${PIP:-}\" ]; }\n")
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, tmp_path)
+    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **variables}
+    done = subprocess.run(["bash", f"scripts/{script}", *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    expect_error(done, *words)
+
+
+ENVIRONMENTS = [  # variables, words of the error
+    ({"RANK": "first"}, ["RANK=first"]), ({"WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]), ({"WORLD_SIZE": ""}, ["WORLD_SIZE="]),
+    ({"WORLD_SIZE": "0"}, ["WORLD_SIZE=0"]), ({"WORLD_SIZE": "-1"}, ["WORLD_SIZE=-1"]), ({"WORLD_SIZE": HUGE}, ["WORLD"]),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2", "torchrun"]), ({"RANK": "-1"}, ["RANK=-1"]),
+    ({"LOCAL_RANK": "1.0"}, ["LOCAL_RANK=1.0"]), ({"LOCAL_WORLD_SIZE": "x"}, ["LOCAL_WORLD_SIZE=x"]),
+    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "no RANK", "torchrun"]), ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["no MASTER_ADDR"]), ({"WORLD_SIZE": "8"}, ["a multiple of 8"]),
+]
+
+
+@pytest.mark.parametrize("variables, words", ENVIRONMENTS, ids=str)
+def test_environments(variables, words, places, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    done = command("train.py", *(flag.format(**places, tmp=tmp_path) for flag in SMALL))
+    done.stderr = re.sub(r"error \(rank [^)]*\): ", "error: ", done.stderr)
+    expect_error(done, *words)
+
+
+def test_more_ranks_than_sequences(places, tmp_path):
+    flags = (flag.format(**places, tmp=tmp_path) for flag in SMALL)
+    done = command("train.py", *flags, "--global_batch_size=1", ranks=2)
+    assert done.returncode != 0 and "error: --global_batch_size 1 is not a multiple of 1 sequences x 2" in done.stderr
+    assert "in <module>" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory):
+    """A folder that root may not write either."""
+    folder = tmp_path_factory.mktemp("read_only")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], capture_output=True).returncode == 0
+    if not mounted:
+        folder.chmod(0o555)
+        if os.access(folder, os.W_OK):
+            pytest.skip("mounting takes more rights")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=mounted)
+
+
+@pytest.mark.parametrize("script, args", [
+    ("train.py", [*SMALL, "--out_dir={read_only}/x"]), ("prepare_slimpajama.py", [*CORPUS, "--out={read_only}/x"]),
+    ("scripts/export_hf.py", ["--run={run}", "--to={read_only}/x"]),
+    ("eval/plots.py", ["{run}", "--to={read_only}/x"]), ("eval/tables.py", ["{run}", "--out={read_only}/x"]),
+    ("scripts/study_regime.py", ["--data_dir={data}", "--to={read_only}/x"]),
+], ids=lambda v: v if type(v) is str else "")
+def test_a_folder_that_may_only_be_read(script, args, places, read_only, tmp_path):
+    names = {**places, "tmp": tmp_path, "read_only": read_only}
+    expect_error(command(script, *(arg.format(**names) for arg in args)), str(read_only), "Read-only file system")
