@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -221,7 +222,10 @@ def run_units(plan: units.Plan, work: Callable, todo: list[int], workers: int, s
                                    initializer=units.start_worker, initargs=(shared, plan.tokenizer["name"], lock))
     begin, checked, start = time.monotonic(), time.monotonic(), bar.n
     try:
+        # Workers inherit the block, from their first moment on: Ctrl-C reaches the parent, which asks for a stop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         unit_of = {pool.submit(work, plan.out, unit): unit for unit in todo}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pending = set(unit_of)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)

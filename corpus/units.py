@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +107,6 @@ def start_worker(shared: Shared, tokenizer: str, lock_path: Path | None) -> None
     global _shared, _tokenizer, _lock
     _shared, _tokenizer = shared, tokenizers.load(tokenizer)
     if lock_path:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
         # A killed parent cannot ask: its workers end with it, and the lock tells when the last one has.
         threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
         _lock = files.lock(lock_path, "another preparation starts", shared=True, wait=30)

@@ -4,9 +4,11 @@ The other tests of a command have its wrong inputs too; here is what a stranger 
 out of all range, nonsense in the environment, a disk that is full or may not be written.
 """
 
+import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,10 @@ import pytest
 from conftest import ROOT, command, expect_error, expect_ok, write_shards
 
 import data
+import errors
+from errors import UserError
 from manifest import read_manifest
+from metrics import Metrics, read_lines
 
 SMALL = ("config/tiny_cpu.py", "--block_size=16", "--global_batch_size=4", "--eval_windows=2", "--max_steps=2",
          "--device=cpu", "--data_dir={data}", "--out_dir={tmp}/out")
@@ -433,13 +438,6 @@ def test_environments(variables, words, places, tmp_path, monkeypatch):
     expect_error(done, *words)
 
 
-def test_more_ranks_than_sequences(places, tmp_path):
-    flags = (flag.format(**places, tmp=tmp_path) for flag in SMALL)
-    done = command("train.py", *flags, "--global_batch_size=1", ranks=2)
-    assert done.returncode != 0 and "error: --global_batch_size 1 is not a multiple of 1 sequences x 2" in done.stderr
-    assert "in <module>" not in done.stderr
-
-
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory):
     """A folder that root may not write either."""
@@ -462,3 +460,134 @@ def read_only(tmp_path_factory):
 def test_a_folder_that_may_only_be_read(script, args, places, read_only, tmp_path):
     names = {**places, "tmp": tmp_path, "read_only": read_only}
     expect_error(command(script, *(arg.format(**names) for arg in args)), str(read_only), "Read-only file system")
+
+
+def process(*args, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.PIPE, **kwargs)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--verify", "{data}"]], ids=" ".join)
+def test_a_reader_that_goes_away(args, places):
+    """As `| head -1` does: nothing is said, and no traceback at the interpreter's end."""
+    read, write = os.pipe()
+    os.close(read)
+    command = process("prepare_slimpajama.py", *(arg.format(**places) for arg in args), stdout=write)
+    os.close(write)
+    said = command.communicate()[1].decode()
+    assert command.returncode in (0, 141) and "Traceback" not in said and "BrokenPipe" not in said
+
+
+def test_output_that_does_not_fit_on_the_disk():
+    with open("/dev/full", "w") as full:
+        command = process("prepare_slimpajama.py", "--source=sample", "--tokenizer=bytes", "--out=/none/x", "--dry_run",
+                          stdout=full)
+        said = command.communicate()[1].decode()
+    expect_error(subprocess.CompletedProcess([], command.returncode, "", said), "No space left on device", "make room")
+
+
+def test_ctrl_c(places, tmp_path):
+    """The terminal sends it to the command and its workers alike."""
+    row = json.dumps({"text": "words " * 200_000, "meta": {"redpajama_set_name": "RedPajamaC4"}}) + "\n"
+    for name in ("train_a", "train_b", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(row * 8)
+    args = [arg.format(corpus=tmp_path, tmp=tmp_path) for arg in CORPUS]
+    command = process("prepare_slimpajama.py", *args, "--workers=2", start_new_session=True, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "preparing" / "plan.json").exists():
+        assert command.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(command.pid, signal.SIGINT)
+    said = command.communicate()[1].decode()
+    assert command.returncode == 130 and "Traceback" not in said and said.rstrip().endswith("interrupted")
+
+
+def test_paths_with_spaces_and_letters_of_any_kind(places, tmp_path):
+    out = tmp_path / "a run, 日本語 %s {x} é"
+    shutil.copytree(places["data"], tmp_path / "with space = ü")
+    flags = (flag.format(**places, tmp=tmp_path) for flag in SMALL)
+    expect_ok(command("train.py", *flags, f"--data_dir={tmp_path}/with space = ü", "--out_dir", out))
+    for script, args in (("eval/perplexity.py", ["--run", out]), ("scripts/sample.py", ["--run", out, "--max_tokens=2"]),
+                         ("eval/tables.py", [out])):
+        expect_ok(command(script, *args))
+
+
+def test_paths_that_are_no_text(places, tmp_path):
+    """A name of bytes that are no UTF-8, printed and written to JSON."""
+    args = ["--source=sample", "--tokenizer=bytes", "--out", os.fsdecode(os.fsencode(tmp_path) + b"/\xff")]
+    command = process("prepare_slimpajama.py", *args, stdout=subprocess.PIPE)
+    shown, said = command.communicate()
+    assert command.returncode == 0 and b"written to" in shown and b"Traceback" not in said
+
+
+def test_a_disk_that_is_full_keeps_the_lines_before(tmp_path):
+    config = {"wandb": "off"}
+    metrics = Metrics(tmp_path, config, 0, 9)
+    line = {"kind": "train", "step": 1, "loss": 2.5, "tokens_per_s": 1.0}
+    metrics.log(line)
+    size = metrics.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))  # the next line fits in part
+    try:
+        with pytest.raises(UserError, match="metrics.jsonl: .*make room"):
+            metrics.log({**line, "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_lines(metrics.path) == [line] and metrics.path.stat().st_size == size
+    metrics.log({**line, "step": 2})
+    metrics.close()
+    assert [record["step"] for record in read_lines(metrics.path)] == [1, 2]
+
+
+def ended(error: BaseException, capsys) -> tuple[int, str]:
+    """Exit code and standard error of a command that raises this."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        errors.run(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, line", [
+    (UserError("--r 0: must be above 0"), "error: --r 0: must be above 0"),
+    (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "error: /a/b: Permission denied; give"),
+    (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; what was finished"),
+    (OSError(errno.EROFS, "Read-only file system", b"/a"), "error: /a: Read-only file system; give"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), "error: /x: No such file or directory; give"),
+    (OSError(errno.EMFILE, "Too many open files"), "error: Too many open files; allow more"),
+    (OSError(errno.EIO, "Input/output error"), "error: Input/output error; look at the disk"),
+    (OSError(errno.ESTALE, "Stale file handle", "/nfs"), "error: /nfs: Stale file handle; look at"),
+    (MemoryError("8 TiB"), "error: out of memory (8 TiB)"),
+], ids=repr)
+def test_what_the_machine_refuses_is_one_line(error, line, capsys):
+    code, said = ended(error, capsys)
+    assert code == 2 and said.startswith(line) and said.count("\n") == 1
+
+
+def test_ctrl_c_is_one_word(capsys):
+    assert ended(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [
+    KeyError("loss"), ValueError("x"), TypeError("x"), OSError(errno.EBADF, "Bad file descriptor"), OSError("x"),
+    OSError(errno.EINVAL, "Invalid argument"), BrokenPipeError(errno.EPIPE, "Broken pipe"), RuntimeError("x"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory")], ids=repr)
+def test_bugs_keep_their_traceback(error):
+    def main():
+        raise error
+    with pytest.raises(type(error)):
+        errors.run(main)
+
+
+def test_a_permission_that_is_missing(places, tmp_path, monkeypatch):
+    """Root may read everything, so open itself refuses."""
+    real = open
+    flags = [flag.format(**places, tmp=tmp_path) for flag in SMALL]
+    for path in (places["data"] / "manifest.json", places["data"] / "c4" / "val_00000.npy"):
+        def refusing(file, *args, path=path, **kwargs):
+            if str(file) == str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return real(file, *args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", refusing)
+            patch.setattr("io.open", refusing)
+            expect_error(command("train.py", *flags), str(path), "Permission denied")
