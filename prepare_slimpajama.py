@@ -73,7 +73,8 @@ def parse_args() -> argparse.Namespace:
     for name, least, most in (("shard_tokens", 1, 2**40), ("workers", 1, 4096), ("skip_bad", 0, 2**40),
                               ("max_tokens_per_domain", 1, 2**63)):
         if (value := getattr(args, name)) is not None and not least <= value <= most:
-            raise UserError(f"--{name} {value}: must be at least {least}{f' and at most {most:,}' if value > most else ''}")
+            allowed = f"at most {most:,}" if value > most else f"at least {least}"
+            raise UserError(f"--{name} {value}: must be {allowed}")
     if args.verify is not None:
         return args
     if not args.out or not (args.source or args.merge):

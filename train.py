@@ -3,6 +3,7 @@
     python train.py config/tiny_cpu.py --reweight linupper                       # a laptop
     torchrun --nproc_per_node 8 train.py config/gpt2_124m_linupper.py            # a node
     python train.py config/gpt2_124m_linupper.py --dry_run                       # says what it would do
+    python train.py --doctor                                                     # what a bug report needs
 
 Arguments are config files (their assignments) and flags; later files win over earlier ones, flags over files. A second
 start of the same command continues.
@@ -24,6 +25,7 @@ from torch import Tensor
 import checkpoint
 import data
 import distributed
+import doctor
 import pretrained
 from configurator import parse
 from distributed import print0
@@ -262,6 +264,8 @@ def describe(config: TrainConfig, gpt: GPTConfig, sampler: data.DomainSampler, t
 
 
 def main() -> None:
+    if "--doctor" in sys.argv:
+        return doctor.examine(parse(TrainConfig, __doc__, [arg for arg in sys.argv[1:] if arg != "--doctor"]))
     rank, _, W = distributed.ranks()
     config = settle(parse(TrainConfig, __doc__, sys.argv[1:]), W)
     manifest = read_manifest(config.data_dir)

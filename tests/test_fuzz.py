@@ -1,4 +1,4 @@
-"""Any combination of settings ends in a plan (--dry_run, exit code 0) or in one line (exit code 2), never a traceback."""
+"""Any combination of settings ends in a plan (--dry_run, exit code 0) or in one line (exit code 2), no traceback."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ import data
 from train import TrainConfig
 
 TYPES = get_type_hints(TrainConfig)
-NUMBERS = ["0", "1", "2", "3", "4", "7", "8", "12", "16", "64", "100", "1000", "-1", "1e3", "0.5", "1e-9", "nan", "inf", "-inf",
-           "1e400", "", " ", "x", "0x10", "1_000", "٣", str(2**31 - 1), str(2**31), str(2**63 - 1), str(2**63),
-           str(10**30), "9" * 5000, "1e-320"]
+NUMBERS = ["0", "1", "2", "3", "4", "7", "8", "12", "16", "64", "100", "1000", "-1", "1e3", "0.5", "1e-9", "nan",
+           "inf", "-inf", "1e400", "", " ", "x", "0x10", "1_000", "٣", str(2**31 - 1), str(2**31), str(2**63 - 1),
+           str(2**63), str(10**30), "9" * 5000, "1e-320"]
 COUNTS = [text for text in NUMBERS if text.isdigit() and len(text) < 5] * 3 + NUMBERS  # most examples shall get further
 TEXTS = ["", " ", "nowhere", "/proc/x", "a/../b", "%s{}", "日本語", "-", "--", "\x00", "a" * 300, "~", "*", "None"]
 ALWAYS = settings(derandomize=True, deadline=None, database=None,
@@ -68,8 +68,9 @@ def test_train(small):
     def check(flags, with_file):
         given_flags = [f"--{name}={value}" for name, value in flags.items()]
         size = [] if "model" in flags else ["--model=tiny"]
-        done = command("train.py", *(["config/tiny_cpu.py"] if with_file else []), f"--data_dir={small}", "--device=cpu",
-                       "--block_size=16", "--eval_windows=2", *size, *given_flags, "--dry_run")
+        file = ["config/tiny_cpu.py"] if with_file else []
+        done = command("train.py", *file, f"--data_dir={small}", "--device=cpu", "--block_size=16", "--eval_windows=2",
+                       *size, *given_flags, "--dry_run")
         ended[plan_or_line(done, "model ", "reweight ")] += 1
 
     check()
@@ -78,7 +79,7 @@ def test_train(small):
 
 
 TEXT_FLAGS = {"split": ["train=train,val=val", "train=train", "train", "=", ",", "val=train,train=val"],
-              "schema": ["text=text,constant=web", "text=text,domain=meta.redpajama_set_name", "text", "text=a.b,constant=c"],
+              "schema": ["text=text,constant=web", "text=text,domain=meta.redpajama_set_name", "text", "text=a.b"],
               "domains": ["c4", "c4,cc", "", ",", "C4", " c4 , cc "], "holdout": ["c4", "cc", "x"],
               "part": ["1/1", "1/2", "2/2", "2/1", "0/0", "/", "1/x"], "revision": ["main"]}
 PREPARE = {
@@ -98,7 +99,7 @@ def test_prepare(tmp_path):
     for name in ("train", "val"):
         (corpus / f"{name}.jsonl").write_text(row * 20)
 
-    @settings(ALWAYS, max_examples=300)
+    @settings(ALWAYS, max_examples=200)
     @given(some_of(PREPARE))
     def check(flags):
         given_flags = [f"--{name}" if value is None else f"--{name}={value.replace('{corpus}', str(corpus))}"
@@ -143,11 +144,12 @@ def test_manifest(small, tmp_path):
     flags = ("config/tiny_cpu.py", f"--data_dir={tmp_path}/d", "--block_size=16", "--device=cpu", "--dry_run")
     text = path.read_bytes()
 
-    @settings(ALWAYS, max_examples=300)
+    @settings(ALWAYS, max_examples=200)
     @given(st.sampled_from(paths_in(manifest)), ODD | st.just(...), st.integers(0, len(text) - 1), st.booleans(),
            st.sampled_from([b"", b"{", b"\xff", b"9", b'"', b"-", b"]"]))
     def check(place, value, at, cut, by):
-        path.write_bytes(text[:at] + by + text[at + 1:] if cut else json.dumps(changed(manifest, place, value)).encode())
+        other = text[:at] + by + text[at + 1:]
+        path.write_bytes(other if cut else json.dumps(changed(manifest, place, value)).encode())
         ended[plan_or_line(command("train.py", *flags), "model ")] += 1
 
     check()

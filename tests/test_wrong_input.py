@@ -1,7 +1,7 @@
 """Wrong input, a table per command: each ends with one line that names it and exit code 2, never with a traceback.
 
-The other tests of a command have its wrong inputs too; here is what a stranger does: wrong paths, damaged files, numbers
-out of all range, nonsense in the environment, a disk that is full or may not be written.
+The other tests of a command have its wrong inputs too; here is what a stranger does: wrong paths, damaged files,
+numbers out of all range, nonsense in the environment, a disk that is full or may not be written.
 """
 
 import errno
@@ -31,9 +31,12 @@ from metrics import Metrics, read_lines
 SMALL = ("config/tiny_cpu.py", "--block_size=16", "--global_batch_size=4", "--eval_windows=2", "--max_steps=2",
          "--device=cpu", "--data_dir={data}", "--out_dir={tmp}/out")
 CONFIGS = {  # name of the file -> text
-    "syntax": "r = 0.4\nseed = = 1\n", "indent": "  r = 0.4\n", "quote": "model = 'tiny\n", "unknown": "lerning_rate = 1\n",
-    "text": "max_steps = 'many'\n", "none": "seed = None\n", "list": "mixture = ['c4']\n", "fraction": "max_steps = 1e3\n",
-    "boolean": "dry_run = 3\n", "raises": "open('/nowhere')\n", "import": "import no_such_module\n", "exits": "exit(3)\n",
+    "syntax": "r = 0.4\nseed = = 1\n", "indent": "  r = 0.4\n", "quote": "model = 'tiny\n",
+    "unknown": "lerning_rate = 1\n",
+    "text": "max_steps = 'many'\n", "none": "seed = None\n", "list": "mixture = ['c4']\n",
+    "fraction": "max_steps = 1e3\n",
+    "boolean": "dry_run = 3\n", "raises": "open('/nowhere')\n", "import": "import no_such_module\n",
+    "exits": "exit(3)\n",
     "choice": "reweight = 'linuper'\n", "long": "max_steps = 10**5000\n", "function": "def r(): return 1\n",
     "recursion": "def f(): return f()\nf()\n", "assert": "assert False\n",
     "class": "class Model: pass\n", "bytes": "seed = b'1'\n",
@@ -153,9 +156,9 @@ def write_corpora(good: Path, bad: Path) -> None:
     row = json.dumps({"text": "a text", "meta": {"redpajama_set_name": "RedPajamaC4"}}) + "\n"
     for name in ("train", "val"):
         (good / f"{name}.jsonl").write_text(row * 20)
-    contents = {"utf16.jsonl": row.encode("utf-16"), "number.jsonl": b"5\n", "null.jsonl": b"null\n", "blank.jsonl": b"\n",
-                "nul.jsonl": b"\0\0\0\n", "text.parquet": row.encode(), "text.jsonl.zst": row.encode(),
-                "text.jsonl.gz": row.encode()}
+    contents = {"utf16.jsonl": row.encode("utf-16"), "number.jsonl": b"5\n", "null.jsonl": b"null\n",
+                "blank.jsonl": b"\n", "nul.jsonl": b"\0\0\0\n", "text.parquet": row.encode(),
+                "text.jsonl.zst": row.encode(), "text.jsonl.gz": row.encode()}
     for name, content in contents.items():
         (bad / name).write_bytes(content)
     pq.write_table(pa.table({"text": [1, 2], "meta": [{"redpajama_set_name": 5}] * 2}), bad / "ints.parquet")
@@ -175,7 +178,8 @@ def write_runs(run: Path, top: Path) -> None:
 
     state, config, result = "checkpoints/*/state.json", "config.json", "eval/perplexity.json"
     for name, change in {
-            "no_state": lambda s: "", "list": lambda s: [s], "truncated": lambda s: json.dumps(s)[:50], "null": lambda s: None,
+            "no_state": lambda s: "", "list": lambda s: [s], "truncated": lambda s: json.dumps(s)[:50],
+            "null": lambda s: None,
             "no_shape": lambda s: {k: v for k, v in s.items() if k != "gpt"},
             "wrong_shape": lambda s: {**s, "gpt": {**s["gpt"], "n_layer": 2}},
             "text_shape": lambda s: {**s, "gpt": {**s["gpt"], "n_embd": "wide"}},
@@ -206,6 +210,11 @@ def fails(script: str, args: list[str], words: list[str], places: dict, tmp_path
     """The command with the places' names filled in ends with one line that has the words."""
     names = {**places, "tmp": tmp_path}
     expect_error(command(script, *(arg.format(**names) for arg in args)), *(word.format(**names) for word in words))
+
+
+def short(value) -> str:
+    """Of a test's parameter, in its name."""
+    return (" ".join(value) if isinstance(value, list) else str(value))[:60]
 
 
 HUGE = str(10**30)
@@ -256,7 +265,7 @@ TRAIN = [  # flags, words of the error
 ]
 
 
-@pytest.mark.parametrize("flags, words", TRAIN, ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize("flags, words", TRAIN, ids=short)
 def test_train(flags, words, places, tmp_path):
     fails("train.py", [*SMALL, *flags], words, places, tmp_path)
     assert not (tmp_path / "out" / "checkpoints").exists()
@@ -277,9 +286,11 @@ PREPARE = [  # flags after CORPUS, words of the error
     ([f"--out=/tmp/{'x' * 300}"], ["xxx"]), (["--out="], ["--out"]), (["--out=/sys/x"], ["/sys/x"]),
     (["--workers=0"], ["--workers 0"]), (["--shard_tokens=-1"], ["--shard_tokens -1"]),
     (["--shard_tokens=1e8"], ["--shard_tokens", "1e8"]), (["--max_tokens_per_domain=-1"], ["--max_tokens_per_domain"]),
-    (["--max_tokens_per_domain=nan"], ["nan"]), (["--skip_bad=x"], ["--skip_bad"]), (["--workers=-3"], ["--workers -3"]),
+    (["--max_tokens_per_domain=nan"], ["nan"]), (["--skip_bad=x"], ["--skip_bad"]),
+    (["--workers=-3"], ["--workers -3"]),
     ([f"--workers={HUGE}"], ["--workers"]), ([f"--skip_bad={HUGE}"], ["--skip_bad"]),
-    ([f"--shard_tokens={HUGE}"], ["--shard_tokens"]), ([f"--max_tokens_per_domain={HUGE}"], ["--max_tokens_per_domain"]),
+    ([f"--shard_tokens={HUGE}"], ["--shard_tokens"]),
+    ([f"--max_tokens_per_domain={HUGE}"], ["--max_tokens_per_domain"]),
     (["--source=sample"], ["--input"]), (["--source=hub"], ["--input"]), (["--source=web"], ["--source", "web"]),
     (["--tokenizer=gpt3"], ["--tokenizer", "gpt2"]), (["--split=train=train,train=test"], ["--split"]),
     (["--split=,"], ["--split"]), (["--split=train="], ["--split"]), (["--split=test=test"], ["--split"]),
@@ -296,11 +307,12 @@ PREPARE = [  # flags after CORPUS, words of the error
     (["--out={top}/list"], ["list"]), (["--out={top}/domains"], ["domains"]), (["--out={data}"], ["holds other data"]),
     (["--out={bad}/plan"], ["plan.json"]), (["--out={bad}/plan", "--merge"], ["plan.json"]),
     (["--out={bad}/state", "--part=1/2"], ["unit_00000.json"]), (["--out={bad}/state", "--merge"], ["unit_00000.json"]),
-    (["stray"], ["'stray'"]), (["--worker=2"], ["--worker", "did you mean '--workers'"]), (["--dry_run=1"], ["--dry_run"]),
+    (["stray"], ["'stray'"]), (["--worker=2"], ["--worker", "did you mean '--workers'"]),
+    (["--dry_run=1"], ["--dry_run"]),
 ]
 
 
-@pytest.mark.parametrize("flags, words", PREPARE, ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize("flags, words", PREPARE, ids=short)
 def test_prepare(flags, words, places, tmp_path):
     fails("prepare_slimpajama.py", [*CORPUS, *flags], words, places, tmp_path)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -310,34 +322,39 @@ RUNS = [  # wrong --run of every command that takes one
     ["--run={top}/nowhere"], ["--run={file}"], ["--run={empty}"], ["--run"], ["--run={data}"],
     ["--rum={run}"], ["--run={run}", "--seed=x"], []]
 CHECKPOINTS = [
-    ["--run={runs}/no_state"], ["--run={runs}/list"], ["--run={runs}/truncated"], ["--run={runs}/no_weights"], ["--run={runs}/folder"], ["--run={runs}/garbage"],
-    ["--run={runs}/null"],
-    ["--run={runs}/tokenizer"],
+    ["--run={runs}/no_state"], ["--run={runs}/list"], ["--run={runs}/truncated"], ["--run={runs}/no_weights"],
+    ["--run={runs}/folder"], ["--run={runs}/garbage"],
+    ["--run={runs}/null"], ["--run={runs}/tokenizer"],
 ]
-SAMPLE = [["--run="], ["--max_tokens=1e3"], [f"--max_tokens={HUGE}"], [f"--n={HUGE}"], [f"--top_k={HUGE}"], ["--temperature=inf"],
-          [f"--seed={HUGE}"], ["--temperature="], ["--prompt"]]
+SAMPLE = [["--run="], ["--max_tokens=1e3"], [f"--max_tokens={HUGE}"], [f"--n={HUGE}"], [f"--top_k={HUGE}"],
+          ["--temperature=inf"], [f"--seed={HUGE}"], ["--temperature="], ["--prompt"]]
 PERPLEXITY = [["--run="], ["--data_dir={file}"], ["--data_dir={empty}"], ["--data_dir=/nowhere"],
               ["--data_dir={top}/gone"], ["--data_dir={top}/truncated"], ["--data_dir={top}/no_tokens"],
               ["--data_dir={top}/tokenizer"], ["--batch_size=0"], ["--batch_size=x"]]
 FEWSHOT = [["--tasks="], ["--tasks=,"], [f"--num_fewshot={HUGE}"], ["--limit=-1"],
            [f"--seed={HUGE}"], ["--include_path={file}"], ["--batch_size=-1"]]
-EXPORT = [["--run="], ["--to={file}"], ["--to={file}/x"], ["--to=/proc/x"], ["--to={run}"], ["--to="], [f"--to=/tmp/{'x' * 300}"]]
-INSPECT = [["--run="], ["--data_dir={file}"], ["--data_dir=/nowhere"], ["--data_dir={top}/truncated"], ["--top=0"], ["--chars=-1"],
-           ["--from_step=99"], ["--from_step=x"], ["--data_dir={top}/no_tokens"]]
+EXPORT = [["--run="], ["--to={file}"], ["--to={file}/x"], ["--to=/proc/x"], ["--to={run}"], ["--to="],
+          [f"--to=/tmp/{'x' * 300}"]]
+INSPECT = [["--run="], ["--data_dir={file}"], ["--data_dir=/nowhere"], ["--data_dir={top}/truncated"], ["--top=0"],
+           ["--chars=-1"], ["--from_step=99"], ["--from_step=x"], ["--data_dir={top}/no_tokens"]]
 NOT_READ = {"eval/inspect_samples.py": []}
 OF_A_RUN = {"eval/perplexity.py": PERPLEXITY, "eval/fewshot.py": FEWSHOT, "eval/inspect_samples.py": INSPECT,
             "scripts/sample.py": SAMPLE, "scripts/export_hf.py": EXPORT}
 
 
-@pytest.mark.parametrize("script, flags", [
-    (script, flags) for script, own in OF_A_RUN.items()
-    for flags in (*RUNS, *NOT_READ.get(script, CHECKPOINTS), *(["--run={run}", *flags] for flags in own))], ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+ON_A_RUN = [(script, flags) for script, own in OF_A_RUN.items()
+            for flags in (*RUNS, *NOT_READ.get(script, CHECKPOINTS), *(["--run={run}", *flags] for flags in own))]
+
+
+@pytest.mark.parametrize("script, flags", ON_A_RUN, ids=short)
 def test_commands_on_a_run(script, flags, places, tmp_path):
-    few = ["--include_path=tests/tasks", "--tasks=where"] if "fewshot" in script else []  # the harness's own take seconds
-    fails(script, [*few, *flags], [], places, tmp_path)
+    if "fewshot" in script:  # the harness's own tasks take seconds
+        flags = ["--include_path=tests/tasks", "--tasks=where", *flags]
+    fails(script, flags, [], places, tmp_path)
 
 
-TABLES = [[], [""], ["/nowhere"], ["{file}"], ["{empty}"], ["{data}"], ["{runs}/config_list"], ["{runs}/config_truncated"],
+TABLES = [[], [""], ["/nowhere"], ["{file}"], ["{empty}"], ["{data}"], ["{runs}/config_list"],
+          ["{runs}/config_truncated"],
           ["{runs}/config_empty"], ["{runs}/result_list"], ["{runs}/result_truncated"],
           ["{run}", "{runs}/other_windows"], ["--runs={run}"]]
 TABLES_FLAGS = [["--format=html"], ["--metric=accuracy"], ["--out={empty}"], ["--out=/proc/x"], ["--out={file}/x"],
@@ -349,7 +366,7 @@ OF_RUNS = ([("eval/tables.py", flags) for flags in (*TABLES, *(["{run}", *flags]
                *(["{run}", *flags] for flags in PLOTS_FLAGS))])
 
 
-@pytest.mark.parametrize("script, flags", OF_RUNS, ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+@pytest.mark.parametrize("script, flags", OF_RUNS, ids=short)
 def test_commands_on_several_runs(script, flags, places, tmp_path):
     fails(script, flags, [], places, tmp_path)
 
@@ -360,10 +377,12 @@ OTHERS = {
         ["--block_size=-8"], [f"--block_size={HUGE}"], ["--global_batch_size=0"], [f"--global_batch_size={HUGE}"],
         ["--reweight=uniform"], ["--reweight="], ["--rounds=2"], ["--rounds=-1"], ["--rounds=x"], ["--round=9"], ["9"]],
     "scripts/bench_prepare.py": [
-        [], ["--input"], ["--input={file}"], ["--input={empty}"], ["--input=/nowhere"], ["--input={corpus}", "--repeat=x"],
+        [], ["--input"], ["--input={file}"], ["--input={empty}"], ["--input=/nowhere"],
+        ["--input={corpus}", "--repeat=x"],
         ["--input={corpus}", "--rounds=0"], ["--input={corpus}", "--rounds=-1"], ["--input={corpus}", "--repeat=-1"],
         ["--input={corpus}", "--repeat=0"], ["--input={corpus}", "--workers=0"], ["--input={corpus}", "--workers"],
-        ["--input={corpus}", "--workers=-1"], ["--input={corpus}", "--workers=two"], ["--inputs={corpus}"], ["{corpus}"]],
+        ["--input={corpus}", "--workers=-1"], ["--input={corpus}", "--workers=two"], ["--inputs={corpus}"],
+        ["{corpus}"]],
     "scripts/bench_loader.py": [
         ["--shards=0"], ["--shards=-1"], ["--shards=99"], ["--shards=x"], ["--shards"], ["--shards="], ["--shards=1e4"],
         ["--batches=0"], ["--batches=-1"], ["--batches=99"], ["--batches=x"], ["--batches"], ["--batch=100"], ["100"],
@@ -382,7 +401,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("script, flags", [(script, flags) for script, some in OTHERS.items() for flags in some],
-                         ids=lambda v: v if type(v) is str else " ".join(v)[:60])
+                         ids=short)
 def test_other_commands(script, flags, places, tmp_path):
     fails(script, flags, [], places, tmp_path)
 
@@ -405,7 +424,7 @@ SHELL = [  # script, variables, arguments, words of the error
 ]
 
 
-@pytest.mark.parametrize("script, variables, args, words", SHELL, ids=lambda v: " ".join(v) if type(v) is list else str(v)[:60])
+@pytest.mark.parametrize("script, variables, args, words", SHELL, ids=short)
 def test_shell_scripts(script, variables, args, words, tmp_path):
     """In a copy of the tree whose .venv has a python that does nothing, or fails where PIP is set."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
@@ -419,8 +438,10 @@ def test_shell_scripts(script, variables, args, words, tmp_path):
 
 
 ENVIRONMENTS = [  # variables, words of the error
-    ({"RANK": "first"}, ["RANK=first"]), ({"WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]), ({"WORLD_SIZE": ""}, ["WORLD_SIZE="]),
-    ({"WORLD_SIZE": "0"}, ["WORLD_SIZE=0"]), ({"WORLD_SIZE": "-1"}, ["WORLD_SIZE=-1"]), ({"WORLD_SIZE": HUGE}, ["WORLD"]),
+    ({"RANK": "first"}, ["RANK=first"]), ({"WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]),
+    ({"WORLD_SIZE": ""}, ["WORLD_SIZE="]),
+    ({"WORLD_SIZE": "0"}, ["WORLD_SIZE=0"]), ({"WORLD_SIZE": "-1"}, ["WORLD_SIZE=-1"]),
+    ({"WORLD_SIZE": HUGE}, ["WORLD"]),
     ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2", "torchrun"]), ({"RANK": "-1"}, ["RANK=-1"]),
     ({"LOCAL_RANK": "1.0"}, ["LOCAL_RANK=1.0"]), ({"LOCAL_WORLD_SIZE": "x"}, ["LOCAL_WORLD_SIZE=x"]),
     ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "no RANK", "torchrun"]), ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
@@ -456,7 +477,7 @@ def read_only(tmp_path_factory):
     ("scripts/export_hf.py", ["--run={run}", "--to={read_only}/x"]),
     ("eval/plots.py", ["{run}", "--to={read_only}/x"]), ("eval/tables.py", ["{run}", "--out={read_only}/x"]),
     ("scripts/study_regime.py", ["--data_dir={data}", "--to={read_only}/x"]),
-], ids=lambda v: v if type(v) is str else "")
+], ids=short)
 def test_a_folder_that_may_only_be_read(script, args, places, read_only, tmp_path):
     names = {**places, "tmp": tmp_path, "read_only": read_only}
     expect_error(command(script, *(arg.format(**names) for arg in args)), str(read_only), "Read-only file system")
@@ -506,9 +527,9 @@ def test_paths_with_spaces_and_letters_of_any_kind(places, tmp_path):
     shutil.copytree(places["data"], tmp_path / "with space = ü")
     flags = (flag.format(**places, tmp=tmp_path) for flag in SMALL)
     expect_ok(command("train.py", *flags, f"--data_dir={tmp_path}/with space = ü", "--out_dir", out))
-    for script, args in (("eval/perplexity.py", ["--run", out]), ("scripts/sample.py", ["--run", out, "--max_tokens=2"]),
-                         ("eval/tables.py", [out])):
-        expect_ok(command(script, *args))
+    for args in (["eval/perplexity.py", "--run", out], ["scripts/sample.py", "--run", out, "--max_tokens=2"],
+                 ["eval/tables.py", out]):
+        expect_ok(command(*args))
 
 
 def test_paths_that_are_no_text(places, tmp_path):
