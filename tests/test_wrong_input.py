@@ -324,7 +324,8 @@ RUNS = [  # wrong --run of every command that takes one
 CHECKPOINTS = [
     ["--run={runs}/no_state"], ["--run={runs}/list"], ["--run={runs}/truncated"], ["--run={runs}/no_weights"],
     ["--run={runs}/folder"], ["--run={runs}/garbage"],
-    ["--run={runs}/null"], ["--run={runs}/tokenizer"],
+    ["--run={runs}/null"], ["--run={runs}/tokenizer"], ["--run={runs}/wrong_shape"], ["--run={runs}/huge_shape"],
+    ["--run={runs}/text_shape"],
 ]
 SAMPLE = [["--run="], ["--max_tokens=1e3"], [f"--max_tokens={HUGE}"], [f"--n={HUGE}"], [f"--top_k={HUGE}"],
           ["--temperature=inf"], [f"--seed={HUGE}"], ["--temperature="], ["--prompt"]]
