@@ -52,7 +52,8 @@ def run(main: Callable[[], None]) -> None:
         if sys.stdout:
             sys.stdout.flush()  # what cannot be written is told here, not at the interpreter's end
     except KeyboardInterrupt:
-        tell("interrupted")
+        if os.environ.get("RANK", "0") == "0":  # all ranks get it
+            tell("interrupted")
         sys.exit(INTERRUPTED)
     except (UserError, MemoryError, OSError) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
@@ -84,7 +85,8 @@ def tell(line: str) -> None:
     """A line of its own on standard error, also where a bar is drawn."""
     try:
         tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        if sys.stderr:
+            sys.stderr.flush()
     except OSError:  # nobody reads it
         pass
 
