@@ -118,8 +118,17 @@ def read_shape(folder: Path) -> GPTConfig:
 
 def load_model(folder: Path) -> GPT:
     """The checkpoint's model, on the CPU."""
-    model = GPT(read_shape(folder))
-    model.load_state_dict(_read(folder, "model.pt"))
+    shape, weights = read_shape(folder), _read(folder, "model.pt")
+    try:
+        with torch.device("meta"):  # no memory for a shape that state.json may have wrong
+            fits = {k: v.shape for k, v in GPT(shape).state_dict().items()} == {k: v.shape for k, v in weights.items()}
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{folder}: model.pt has not the shape that state.json says; restore them, or remove {folder} "
+                        "to go on from an earlier checkpoint")
+    model = GPT(shape)
+    model.load_state_dict(weights)
     return model
 
 

@@ -80,6 +80,8 @@ def read_file(path: str, parser: Parser) -> list[str]:
     for name, value in names.items():
         if not isinstance(value, str | int | float):
             raise UserError(f"{path}: {name} = {value!r}: must be a string, a number or a boolean")
+        if isinstance(value, int) and value.bit_length() > 64:  # Python itself refuses to print 5,000 digits
+            raise UserError(f"{path}: {name}: a number of {value.bit_length():,} bits is too large")
     flags = [f"--{name}={value}" for name, value in names.items()]
     try:
         parser.parse_args(flags)

@@ -6,6 +6,7 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 
 import gc
 import os
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
+
 
 class Ranks(NamedTuple):
     rank: int
@@ -27,8 +30,13 @@ class Ranks(NamedTuple):
 
 def ranks() -> Ranks:
     """This process's place, from torchrun's environment."""
-    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)),
-                 int(os.environ.get("WORLD_SIZE", 1)))
+    given = {name: os.environ.get(name, default) for name, default in
+             (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))}
+    if not all(re.fullmatch("[0-9]{1,7}", x) for x in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        there = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{there} in the environment: expected numbers, RANK below WORLD_SIZE; start with torchrun, or "
+                        "unset them")
+    return Ranks(int(given["RANK"]), int(given["LOCAL_RANK"]), int(given["WORLD_SIZE"]))
 
 
 def setup(device_type: str) -> torch.device:
@@ -37,6 +45,9 @@ def setup(device_type: str) -> torch.device:
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if ranks().world_size > 1:
+        if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"WORLD_SIZE={ranks().world_size}, but no {lacking[0]} in the environment; start with "
+                            "torchrun, or unset WORLD_SIZE")
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -27,7 +28,7 @@ class Metrics:
         write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
         kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "ab", buffering=0)  # a line is there when log returns
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":
@@ -43,7 +44,7 @@ class Metrics:
                                 ) from None
 
     def log(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.append(json.dumps(record) + "\n")
         step = record["step"]
         self.bar.update(step - self.bar.n)
         if record["kind"] == "train":
@@ -56,6 +57,17 @@ class Metrics:
                            f"{record['domains'][record['worst_domain']]['loss']:.4f}")
         if self.wandb:
             self.wandb.log({record["kind"]: {k: v for k, v in record.items() if k != "kind"}}, step=step)
+
+    def append(self, line: str) -> None:
+        """The whole line or nothing of it; UserError where there is no room."""
+        before, rest = os.fstat(self.file.fileno()).st_size, line.encode()
+        try:
+            while rest:
+                rest = rest[self.file.write(rest):]
+        except OSError as error:
+            os.truncate(self.path, before)
+            raise UserError(f"{self.path}: {error.strerror}; what was logged and saved before is kept: make room and "
+                            "run the same command again to go on") from None
 
     def close(self) -> None:
         self.bar.close()
@@ -77,11 +89,13 @@ def versions() -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
     lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+            lines.append(record)
     return lines

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -69,15 +70,17 @@ def parse_args() -> argparse.Namespace:
     add("--dry_run", action="store_true", help="say what would be read, and estimate tokens, disk and time")
     add("--verify", metavar="DIR", help="read a prepared folder again: sizes, sha256, tokens, documents, bytes")
     args = parser.parse_args()
-    if args.verify:
+    for name, least, most in (("shard_tokens", 1, 2**40), ("workers", 1, 4096), ("skip_bad", 0, 2**40),
+                              ("max_tokens_per_domain", 1, 2**63)):
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            allowed = f"at most {most:,}" if value > most else f"at least {least}"
+            raise UserError(f"--{name} {value}: must be {allowed}")
+    if args.verify is not None:
         return args
     if not args.out or not (args.source or args.merge):
         raise UserError(f"{'--source' if args.out else '--out'} is needed (--help lists all flags)")
     if not args.merge and (args.source == "files") != bool(args.input):
         raise UserError("--source files needs --input PATH ..., and the other sources take none")
-    for name, least in (("shard_tokens", 1), ("workers", 1), ("skip_bad", 0), ("max_tokens_per_domain", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
     args.split = args.split or ("train=train,val=test" if args.source == "hub" else "train=train,val=validation")
     return args
 
@@ -103,8 +106,8 @@ def parse_domains(flag: str, text: str | None, known: tuple[str, ...]) -> list[s
 def parse_part(text: str | None) -> tuple[int, int]:
     """"2/4" -> (2, 4); without one (1, 1)."""
     k, _, m = (text or "1/1").partition("/")
-    if not (k.isdecimal() and m.isdecimal() and 1 <= int(k) <= int(m)):
-        raise UserError(f"--part {text}: expected K/M with K from 1 to M")
+    if not (k.isdecimal() and m.isdecimal() and 1 <= int(k) <= int(m) <= 100_000):
+        raise UserError(f"--part {text}: expected K/M with K from 1 to M, at most 100,000")
     return int(k), int(m)
 
 
@@ -224,7 +227,10 @@ def run_units(plan: units.Plan, work: Callable, todo: list[int], workers: int, s
                                    initializer=units.start_worker, initargs=(shared, plan.tokenizer["name"], lock))
     begin, checked, start = time.monotonic(), time.monotonic(), bar.n
     try:
+        # Workers inherit the block, from their first moment on: Ctrl-C reaches the parent, which asks for a stop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         unit_of = {pool.submit(work, plan.out, unit): unit for unit in todo}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pending = set(unit_of)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -350,7 +356,7 @@ def open_plan(out: Path, settings: dict, tokenizer: dict, parts: int, made: list
             pass
         finally:
             temporary.unlink()
-    there = json.loads(path.read_text())
+    there = units.read_json(path)
     differ = differences({**there["source"], "tokenizer": there["tokenizer"]["name"], "parts": there["parts"]},
                          {**settings, "tokenizer": tokenizer["name"], "parts": parts})
     before, now = ([tuple(segment) for unit in x["units"] for segment in unit] for x in (there, here))
@@ -375,7 +381,7 @@ def delete(out: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    if args.verify:
+    if args.verify is not None:
         return verify(Path(args.verify), args.workers)
     out = Path(args.out)
     if args.merge:

@@ -3,6 +3,7 @@
     python train.py config/tiny_cpu.py --reweight linupper                       # a laptop
     torchrun --nproc_per_node 8 train.py config/gpt2_124m_linupper.py            # a node
     python train.py config/gpt2_124m_linupper.py --dry_run                       # says what it would do
+    python train.py --doctor                                                     # what a bug report needs
 
 Arguments are config files (their assignments) and flags; later files win over earlier ones, flags over files. A second
 start of the same command continues.
@@ -23,6 +24,7 @@ from torch import Tensor
 import checkpoint
 import data
 import distributed
+import doctor
 import memory
 import pretrained
 from configurator import parse
@@ -93,13 +95,12 @@ class TrainConfig:
         positive = ("block_size", "r", "delta", "global_batch_size", "max_steps", "learning_rate", "eval_interval",
                     "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
         for field in fields(self):
-            value = getattr(self, field.name)
-            lowest = -1 if field.name == "loss_chunk" else 0
+            value, lowest = getattr(self, field.name), -1 if field.name == "loss_chunk" else 0
             if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= lowest):
                 allowed = "above 0" if field.name in positive else f"{lowest} or more"
                 raise UserError(f"--{field.name} {value}: must be {allowed}")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed}: must be below 2**63")
+            if isinstance(value, int | float) and value >= 2**(bits := 63 if field.name == "seed" else 31):
+                raise UserError(f"--{field.name} {value}: must be below 2**{bits}")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
         for name in ("dropout", "beta1", "beta2"):
@@ -131,9 +132,8 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
                         "lower --nproc_per_node")
     G, B = config.global_batch_size, config.micro_batch_size or config.global_batch_size // world_size
     if B == 0 or G % (B * world_size):
-        fits = [b for b in range(1, G // world_size + 1) if G % (b * world_size) == 0]
-        raise UserError(f"--global_batch_size {G} is not a multiple of {B or 1} sequences x {world_size} ranks; " +
-                        (f"use --micro_batch_size {fits[-1]}" if fits else f"use a multiple of {world_size}"))
+        raise UserError(f"--global_batch_size {G} is not a multiple of {B or 1} sequences x {world_size} ranks; use " +
+                        (f"a multiple of {world_size}" if G % world_size else f"--micro_batch_size {G // world_size}"))
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     pick = {"dtype": "bfloat16" if bf16 else "float32", "compile": "on" if device == "cuda" else "off"}
     pick["model"] = f"from_{Path(config.init_from).name}" if config.init_from else "124m"
@@ -241,6 +241,8 @@ def identity(config: TrainConfig, data_hash: str, W: int) -> dict:
 
 
 def main() -> None:
+    if "--doctor" in sys.argv:
+        return doctor.examine(parse(TrainConfig, __doc__, [arg for arg in sys.argv[1:] if arg != "--doctor"]))
     rank, _, W = distributed.ranks()
     config = settle(parse(TrainConfig, __doc__, sys.argv[1:]), W)
     manifest = read_manifest(config.data_dir)

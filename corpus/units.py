@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +28,23 @@ COMMIT_SECONDS = 2.0  # at most this much work is done again after a kill, besid
 PIECE = 1 << 20       # bytes; larger documents are tokenised piece by piece
 
 
+def read_json(path: Path) -> dict:
+    """A file of the preparation's own; UserError where it is not whole, as after a power cut."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged; begin the preparation anew with --overwrite")
+    return content
+
+
 class Plan:
     """OUT/preparing/plan.json: what is prepared, from what, in which units."""
 
     def __init__(self, out: str | Path):
         self.out, self.folder = Path(out), Path(out) / "preparing"
-        content = json.loads((self.folder / "plan.json").read_text())
+        content = read_json(self.folder / "plan.json")
         self.settings, self.tokenizer, self.parts = content["source"], content["tokenizer"], content["parts"]
         self.units = [[Segment(*segment) for segment in unit] for unit in content["units"]]
         self.schema = Schema(*self.settings["schema"])
@@ -58,7 +68,7 @@ class Plan:
         if not path.exists():
             return {"segments": 0, "items": 0, "done": False, "writers": {}, "bad": [], "duplicates": {},
                     "closed": []}
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def dropped_path(self, unit: int) -> Path:
         return self.folder / f"dropped_{unit:05d}.npy"
@@ -97,7 +107,6 @@ def start_worker(shared: Shared, tokenizer: str, lock_path: Path | None) -> None
     global _shared, _tokenizer, _lock
     _shared, _tokenizer = shared, tokenizers.load(tokenizer)
     if lock_path:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
         # A killed parent cannot ask: its workers end with it, and the lock tells when the last one has.
         threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
         _lock = files.lock(lock_path, "another preparation starts", shared=True, wait=30)

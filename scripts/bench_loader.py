@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=10_000, help="(default: 10,000)")
     parser.add_argument("--batches", type=int, default=10_000, help="(default: 10,000)")
     args = parser.parse_args()
-    if min(args.shards, args.batches) < 100:
-        raise UserError("--shards and --batches must be at least 100")
+    if min(args.shards, args.batches) < 100 or args.shards > 10**6:  # 80 kB each
+        raise UserError(f"--shards {args.shards} --batches {args.batches}: at least 100, and a million shards at most")
     with tempfile.TemporaryDirectory() as name:
         write_shards(Path(name), args.shards)
         begin = time.perf_counter()

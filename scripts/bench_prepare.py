@@ -133,6 +133,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     args = parser.parse_args()
+    if min(args.repeat, args.rounds, *args.workers) < 1:
+        raise UserError(f"--repeat {args.repeat} --rounds {args.rounds} --workers {args.workers}: all at least 1")
+    if not Path(args.input).is_dir() or not load(args.input):
+        raise UserError(f"--input {args.input}: expected a folder with documents, train/ and validation/ inside")
     with tempfile.TemporaryDirectory() as links:
         for i in range(args.repeat if args.repeat > 1 else 0):
             for path, split in sources.find_files([args.input]):

@@ -46,8 +46,8 @@ def main() -> None:
                         help="strategy (default: linupper)")
     parser.add_argument("--rounds", type=int, default=30, help="blocks of each variant (default: 30)")
     args = parser.parse_args()
-    if args.rounds < 3:
-        raise UserError(f"--rounds {args.rounds}: must be at least 3")
+    if args.rounds < 3 or not 0 < args.vocab_size < 2**31:
+        raise UserError(f"--rounds {args.rounds} --vocab_size {args.vocab_size}: at least 3 and 1")
     rank, _, W = distributed.ranks()
     config = train.settle(train.TrainConfig(model=args.model, block_size=args.block_size, dropout=0.0,
                                             global_batch_size=args.global_batch_size, reweight_warmup_steps=0), W)

@@ -5,8 +5,12 @@
 #   bash scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements.txt
 STEPS=${STEPS:-500}
+if [ $# -gt 0 ] || ! [[ $STEPS =~ ^[1-9][0-9]{0,8}$ ]]; then
+  echo "error: ${1:-STEPS=$STEPS}: no arguments, and STEPS is a number from 1 on: STEPS=60 bash scripts/quickstart.sh" >&2
+  exit 2
+fi
+source scripts/environment.sh requirements.txt
 OUT=runs/quickstart_$STEPS
 
 echo "== data: the synthetic sample corpus, bytes as tokens"
