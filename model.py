@@ -215,17 +215,20 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tens
 
     chunk: rows of logits that exist at a time, forward and backward, which makes them again; 0: all N, kept.
     """
-    def losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+    if 0 < chunk < len(x):
+        return chunked_losses(x, weight, targets, chunk)
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
 
-    def chunk_losses(x: Tensor, targets: Tensor) -> Tensor:
+
+@torch.compiler.disable  # compiled, the gradients of all chunks would exist at a time, to be added up in one kernel
+def chunked_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """token_losses of chunk after chunk."""
+    def losses(x: Tensor, targets: Tensor) -> Tensor:
         # A view, which autocast does not keep a bfloat16 copy of: each chunk has its own, and their gradients are
         # added up in float32.
-        return losses(x, weight.view_as(weight), targets)
+        return token_losses(x, weight.view_as(weight), targets, chunk=0)
 
-    if not 0 < chunk < len(x):
-        return losses(x, weight, targets)
-    return torch.cat([checkpoint(chunk_losses, *rows, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([checkpoint(losses, *rows, use_reentrant=False, preserve_rng_state=False)
                       for rows in zip(x.split(chunk), targets.split(chunk), strict=True)])
 
 
