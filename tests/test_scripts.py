@@ -1,11 +1,11 @@
-"""The benchmark and the study: what they compute, on numbers worked by hand, and that they run."""
+"""The study and the cluster scripts: what they compute, on numbers worked by hand, and that they run."""
 
 import math
 import os
 import subprocess
 
 import pytest
-from conftest import ROOT, command, expect_error, expect_ok
+from conftest import ROOT, command, expect_error
 
 from scripts.study_regime import BASE, VARIED, figure, final_loss, table, weights_of
 
@@ -42,15 +42,6 @@ def test_table_and_figure_of_the_study(tmp_path):
 def test_the_study_refuses_what_it_cannot_use(tmp_path):
     expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path / "none"), "not found")
     expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path, "--steps=3"), "--steps 3")
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_benchmark_prints_its_ratios(ranks):
-    text = expect_ok(command("scripts/bench_reweight.py", "--block_size=8", "--global_batch_size=4", "--rounds=3",
-                             ranks=ranks))
-    ratios = [float(line.split("(")[0].split()[-1]) for line in text.splitlines() if "(quartiles" in line]
-    assert f"{ranks} ranks" in text and len(ratios) == 4 and all(0.1 < ratio < 10 for ratio in ratios)
-    expect_error(command("scripts/bench_reweight.py", "--rounds=1"), "--rounds 1")
 
 
 def test_slurm_script_says_what_it_would_submit():
