@@ -286,6 +286,7 @@ def main() -> None:
         return
 
     device = distributed.setup(config.device)
+    distributed.describe_network(device)
     starts = distributed.gather(torch.tensor([start], device=device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "

@@ -297,6 +297,7 @@ def main() -> None:
         shape(size, config.block_size, 64, 0.0)  # a wrong one is told before anything is measured
     config = train.settle(replace(config, global_batch_size=args.micro_steps * W, micro_batch_size=1), W)
     device = distributed.setup(config.device)
+    distributed.describe_network(device)
     torch.set_float32_matmul_precision("high")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     result = {**versions(), "device": name, "ranks": W, "threads": torch.get_num_threads(), "config": asdict(config),
