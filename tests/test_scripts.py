@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT, command, expect_error
+from conftest import ROOT, command, expect_error, expect_ok
 
 from scripts.study_regime import BASE, VARIED, figure, final_loss, table, weights_of
 
@@ -48,3 +48,16 @@ def test_slurm_script_says_what_it_would_submit():
     done = subprocess.run(["bash", "scripts/slurm/prepare.sbatch"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "DRY_RUN": "1", "INPUT": "/in", "OUT": "/out", "PARTS": "3"})
     assert done.returncode == 0 and "--array 1-3" in done.stdout and "--merge --out '/out'" in done.stdout
+
+
+def test_the_scaling_on_paper_is_what_its_formulas_give():
+    from scripts.predict_scaling import communication_seconds, compute_seconds, step_seconds
+    text, N = (ROOT / "docs" / "scaling.md").read_text(), 124_439_808 + 47 * 768  # 50304 rows in place of 50257
+    for block in expect_ok(command("scripts/predict_scaling.py")).strip().split("\n\n"):
+        assert block in text
+    flops = 6 * (N - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert compute_seconds("124m", 1) == pytest.approx(1024 * flops / 494.5e12)
+    ethernet = 511 / 512 * 8 * N / 10e9 + 24 * 9 * 30e-6  # 0.8 of 100 Gb/s; 24 messages of log2(512) hops
+    assert communication_seconds("124m", "ddp", 512, "Ethernet") == pytest.approx(ethernet)
+    alone, together = (step_seconds("124m", "ddp", W, "Ethernet", 32) for W in (1, 512))
+    assert alone == compute_seconds("124m", 32) and together == pytest.approx(alone / 3 + ethernet)
