@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from unittest import mock
 
@@ -189,6 +189,7 @@ def measure(bench: Bench, strategies: list[str], rounds: int) -> list[dict]:
     return rows
 
 
+@cache
 def n_parameters(gpt: GPTConfig) -> int:
     with torch.device("meta"):
         return GPT(gpt).n_parameters()

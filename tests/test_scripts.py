@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
@@ -61,3 +62,10 @@ def test_the_scaling_on_paper_is_what_its_formulas_give():
     assert communication_seconds("124m", "ddp", 512, "Ethernet") == pytest.approx(ethernet)
     alone, together = (step_seconds("124m", "ddp", W, "Ethernet", 32) for W in (1, 512))
     assert alone == compute_seconds("124m", 32) and together == pytest.approx(alone / 3 + ethernet)
+
+
+def test_training_starts_without_what_only_some_runs_need():
+    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "torch._dynamo", "transformers", "wandb")
+    code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert expect_ok(done).strip() == "[]"
