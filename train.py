@@ -168,6 +168,15 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)
 
 
+def make_trainable(raw: GPT, config: TrainConfig, device: torch.device) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    """The model as the settings want it, compiled and data-parallel, and its optimizer; `raw` is changed in place."""
+    raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
+    if config.compile == "on":
+        raw.compile()
+    model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
+    return model, make_optimizer(raw, config)
+
+
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int,
                config: TrainConfig, expected: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step on this rank's n = G / W sequences x, y (n, T); nothing waits for the device.
@@ -266,6 +275,7 @@ def main() -> None:
         return
 
     device = distributed.setup(config.device)
+    distributed.describe_network(device)
     starts = distributed.gather(torch.tensor([start], device=device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "
@@ -273,11 +283,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     raw = (pretrained.load_source(config.init_from, gpt) if config.init_from and not resumed else GPT(gpt)).to(device)
-    raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
-    if config.compile == "on":
-        raw.compile()
-    model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
-    optimizer = make_optimizer(raw, config)
+    model, optimizer = make_trainable(raw, config, device)
     tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
     if resumed:
         distributed.set_state(raw, optimizer, checkpoint.read_tensors(resumed, gpt))

@@ -24,19 +24,19 @@ from manifest import DOMAINS, SCHEMA, read_manifest
 TOKENS, T, B = 40_000, 1024, 32
 
 
-def write_shards(folder: Path, n: int) -> None:
-    """n shards of random tokens, dealt out to the domains."""
+def write_shards(folder: Path, n: int, n_vocab: int = 50257) -> None:
+    """n shards of random tokens below n_vocab, dealt out to the domains."""
     rng, domains = np.random.default_rng(0), {d: {"train": []} for d in DOMAINS}
     for i in range(n):
         domain = DOMAINS[i % len(DOMAINS)]
         name = f"{domain}/train_{i:05d}.npy"
         (folder / domain).mkdir(exist_ok=True)
-        content = npy_header(TOKENS) + rng.integers(0, 50257, TOKENS, dtype=np.uint16).tobytes()
+        content = npy_header(TOKENS) + rng.integers(0, n_vocab, TOKENS, dtype=np.uint16).tobytes()
         (folder / name).write_bytes(content)
         domains[domain]["train"].append({"file": name, "tokens": TOKENS, "documents": 1, "bytes": TOKENS,
                                          "file_bytes": len(content), "sha256": f"{i:064d}"})
     (folder / "manifest.json").write_text(json.dumps({
-        "schema": SCHEMA, "tokenizer": {"name": "gpt2", "sha256": "", "n_vocab": 50257, "eot_token": 50256},
+        "schema": SCHEMA, "tokenizer": {"name": "gpt2", "sha256": "", "n_vocab": n_vocab, "eot_token": n_vocab - 1},
         "dtype": "uint16", "source": {}, "domains": domains}))
 
 

@@ -73,10 +73,7 @@ def stepper(gpt: GPTConfig, B: int, A: int, W: int, settings: dict) -> Callable[
     settings = {"dtype": "float32", "reweight": "linupper", "reweight_warmup_steps": 0, "compile": "off", **settings}
     config = train.settle(train.TrainConfig(global_batch_size=B * A * W, micro_batch_size=B, **settings), W)
     device = torch.device(config.device, distributed.ranks().local_rank if config.device == "cuda" else None)
-    raw = GPT(gpt).to(device)
-    raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
-    model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
-    optimizer = train.make_optimizer(raw, config)
+    model, optimizer = train.make_trainable(GPT(gpt).to(device), config, device)
     tokens = torch.randint(gpt.vocab_size, (B * A, gpt.block_size + 1), device=device)
     return lambda: train.train_step(model, optimizer, tokens[:, :-1], tokens[:, 1:], 1, config)
 

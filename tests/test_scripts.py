@@ -1,4 +1,4 @@
-"""The benchmark, the study and the shell scripts: what they compute, on numbers worked by hand, and that they run."""
+"""The study and the shell scripts: what they compute, on numbers worked by hand, and that they run."""
 
 import math
 import os
@@ -45,15 +45,6 @@ def test_table_and_figure_of_the_study(tmp_path):
 def test_the_study_refuses_what_it_cannot_use(tmp_path):
     expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path / "none"), "not found")
     expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path, "--steps=3"), "--steps 3")
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_benchmark_prints_its_ratios(ranks):
-    text = expect_ok(command("scripts/bench_reweight.py", "--block_size=8", "--global_batch_size=4", "--rounds=3",
-                             ranks=ranks))
-    ratios = [float(line.split("(")[0].split()[-1]) for line in text.splitlines() if "(quartiles" in line]
-    assert f"{ranks} ranks" in text and len(ratios) == 4 and all(0.1 < ratio < 10 for ratio in ratios)
-    expect_error(command("scripts/bench_reweight.py", "--rounds=1"), "--rounds 1")
 
 
 def test_slurm_script_says_what_it_would_submit():
@@ -112,3 +103,23 @@ def test_a_short_smoke_run_fills_its_tables(tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made.glob("*.png"))
     text = (made / "table.md").read_text()
     assert "missing" not in text and "### Perplexity, tiny" in text and "### Loss minus uniform, tiny" in text
+
+
+def test_the_scaling_on_paper_is_what_its_formulas_give():
+    from scripts.predict_scaling import communication_seconds, compute_seconds, step_seconds
+    text, N = (ROOT / "docs" / "scaling.md").read_text(), 124_439_808 + 47 * 768  # 50304 rows in place of 50257
+    for block in expect_ok(command("scripts/predict_scaling.py")).strip().split("\n\n"):
+        assert block in text
+    flops = 6 * (N - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert compute_seconds("124m", 1) == pytest.approx(1024 * flops / 494.5e12)
+    ethernet = 511 / 512 * 8 * N / 10e9 + 24 * 9 * 30e-6  # 0.8 of 100 Gb/s; 24 messages of log2(512) hops
+    assert communication_seconds("124m", "ddp", 512, "Ethernet") == pytest.approx(ethernet)
+    alone, together = (step_seconds("124m", "ddp", W, "Ethernet", 32) for W in (1, 512))
+    assert alone == compute_seconds("124m", 32) and together == pytest.approx(alone / 3 + ethernet)
+
+
+def test_training_starts_without_what_only_some_runs_need():
+    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "torch._dynamo", "transformers", "wandb")
+    code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert expect_ok(done).strip() == "[]"

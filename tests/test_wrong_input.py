@@ -373,10 +373,10 @@ def test_commands_on_several_runs(script, flags, places, tmp_path):
 
 
 OTHERS = {
-    "scripts/bench_reweight.py": [
-        ["--model=125m"], ["--model"], ["--vocab_size=0"], ["--vocab_size=-1"], ["--vocab_size=x"], ["--block_size=0"],
-        ["--block_size=-8"], [f"--block_size={HUGE}"], ["--global_batch_size=0"], [f"--global_batch_size={HUGE}"],
-        ["--reweight=uniform"], ["--reweight="], ["--rounds=2"], ["--rounds=-1"], ["--rounds=x"], ["--round=9"], ["9"]],
+    "scripts/bench_train.py": [
+        ["--sizes=125m"], ["--sizes"], ["--sizes=1x3x32"], ["--sizes=0x1x8"], ["--micro_batch=0"], ["--micro_batch=x"],
+        ["--micro_batch_size=4"], ["--model=tiny"], ["--data=/nowhere"], ["--data={file}"], ["--block_size=0"],
+        [f"--block_size={HUGE}"], ["--reweight=upward"], ["--rounds=0"], ["--rounds=x"], ["--round=9"], ["9"]],
     "scripts/bench_prepare.py": [
         [], ["--input"], ["--input={file}"], ["--input={empty}"], ["--input=/nowhere"],
         ["--input={corpus}", "--repeat=x"],

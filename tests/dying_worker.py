@@ -1,0 +1,26 @@
+"""train.py whose rank 1 is killed in its first life, before step 6; for tests/test_nodes.py.
+
+    torchrun --max_restarts 1 [...] -- tests/dying_worker.py [FLAGS OF train.py]
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+
+train_step = train.train_step
+
+
+def fatal_step(model, optimizer, x, y, step, *rest):
+    if (step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (6, "1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(model, optimizer, x, y, step, *rest)
+
+
+if __name__ == "__main__":
+    train.train_step = fatal_step
+    train.main()
