@@ -267,9 +267,11 @@ def report(result: dict) -> str:
     """Two Markdown tables."""
     speed, parts = zip(*(lines(row, result["datasheet_flops"]) for row in result["rows"]), strict=True)
     head = "| size | micro-batch | reweight |"
-    return "\n".join([f"{head} ms a step | of the processor | tokens/s | MFU, datasheet | MFU, matrix product | "
-                      "peak GB | over uniform: wall (quartiles) | processor |", "|---|--:|---|" + "--:|" * 8, *speed, "",
-                      f"{head} ms a step: " + " | ".join(PARTS) + " |", "|---|--:|---|" + "--:|" * len(PARTS), *parts])
+    speed_head = (f"{head} ms a step | of the processor | tokens/s | MFU, datasheet | MFU, matrix product | peak GB | "
+                  "over uniform: wall (quartiles) | processor |")
+    parts_head = f"{head} ms a step: {' | '.join(PARTS)} |"
+    rule = "|---|--:|---|"
+    return "\n".join([speed_head, rule + "--:|" * 8, *speed, "", parts_head, rule + "--:|" * len(PARTS), *parts])
 
 
 def main() -> None:
