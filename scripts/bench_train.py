@@ -179,12 +179,12 @@ def measure(bench: Bench, strategies: list[str], rounds: int) -> list[dict]:
     memory, config, steps = peak_memory(bench.device), bench.config, bench.config.log_interval
     tokens, rows = config.global_batch_size * config.block_size, []
     for j, strategy in enumerate(strategies):
-        step = np.median(seconds[:, j, 0]) / steps
+        step, host = np.median(seconds[:, j], axis=0) / steps
         over = {clock: np.quantile(seconds[:, j, k] / seconds[:, 0, k], [0.25, 0.5, 0.75]).tolist()
                 for k, clock in enumerate(("wall", "processor"))}
-        rows.append({"reweight": strategy, "step_s": step, "tokens_per_s": tokens / step, "over_uniform": over,
-                     "flops_per_s": flops_per_token(bench.raw.config) * tokens / step / distributed.ranks().world_size,
-                     "peak_memory_bytes": memory, "parts_s": bench.parts(strategy)})
+        rows.append({"reweight": strategy, "step_s": step, "processor_s": host, "tokens_per_s": tokens / step,
+                     "over_uniform": over, "peak_memory_bytes": memory, "parts_s": bench.parts(strategy),
+                     "flops_per_s": flops_per_token(bench.raw.config) * tokens / step / distributed.ranks().world_size})
     return rows
 
 
@@ -257,8 +257,8 @@ def lines(row: dict, datasheet: float | None) -> list[str]:
     memory = f"{row['peak_memory_bytes'] / 1e9:.2f}" if row["peak_memory_bytes"] else "-"
     mfu = " | ".join(f"{100 * row['flops_per_s'] / peak:.1f} %" if peak else "-"
                      for peak in (datasheet, row["matmul_flops"]))
-    return [f"{name} {row['step_s'] * 1e3:.1f} | {row['tokens_per_s']:,.0f} | {mfu} | {memory} | "
-            f"{wall[1]:.4f} ({wall[0]:.4f} to {wall[2]:.4f}) | {cpu[1]:.4f} |",
+    return [f"{name} {row['step_s'] * 1e3:.1f} | {row['processor_s'] * 1e3:.1f} | {row['tokens_per_s']:,.0f} | {mfu} | "
+            f"{memory} | {wall[1]:.4f} ({wall[0]:.4f} to {wall[2]:.4f}) | {cpu[1]:.4f} |",
             f"{name} " + " | ".join(f"{1e3 * row['parts_s'][part]:.2f}" for part in PARTS) + " |"]
 
 
@@ -266,9 +266,11 @@ def report(result: dict) -> str:
     """Two Markdown tables."""
     speed, parts = zip(*(lines(row, result["datasheet_flops"]) for row in result["rows"]), strict=True)
     head = "| size | micro-batch | reweight |"
-    return "\n".join([f"{head} ms a step | tokens/s | MFU, datasheet | MFU, matrix product | peak GB | "
-                      "over uniform: wall (quartiles) | processor |", "|---|--:|---|" + "--:|" * 6, *speed, "",
-                      f"{head} ms a step: " + " | ".join(PARTS) + " |", "|---|--:|---|" + "--:|" * len(PARTS), *parts])
+    speed_head = (f"{head} ms a step | of the processor | tokens/s | MFU, datasheet | MFU, matrix product | peak GB | "
+                  "over uniform: wall (quartiles) | processor |")
+    parts_head = f"{head} ms a step: {' | '.join(PARTS)} |"
+    rule = "|---|--:|---|"
+    return "\n".join([speed_head, rule + "--:|" * 8, *speed, "", parts_head, rule + "--:|" * len(PARTS), *parts])
 
 
 def main() -> None:
