@@ -4,19 +4,26 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 `rank` is global; `local_rank` only picks the device.
 """
 
+import functools
 import gc
 import os
-from collections.abc import Iterable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 
 class Ranks(NamedTuple):
@@ -31,16 +38,20 @@ def ranks() -> Ranks:
                  int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def setup(device_type: str) -> torch.device:
-    """Join the process group (nccl on cuda, gloo elsewhere) where torchrun started several; the device to work on."""
+def setup(device_type: str, timeout_s: float = 600) -> torch.device:
+    """Join the process group (nccl on cuda, gloo elsewhere) where torchrun started several; the device to work on.
+
+    timeout_s: a collective that takes longer ends the processes that wait in it.
+    """
     device = torch.device("cuda", ranks().local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if ranks().world_size > 1:
+        timeout = timedelta(seconds=timeout_s)
         if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
     return device
 
 
@@ -50,6 +61,85 @@ def cleanup() -> None:
         gc.collect()  # the wrapper is part of a cycle, and with it alive some processes abort at exit after all is done
         dist.barrier()
         dist.destroy_process_group()
+
+
+def reported(main: Callable[[], None]) -> Callable[[], None]:
+    """main, whose error goes into torchrun's report, and that of a rank which died before those of its peers.
+
+    A rank's death breaks the collectives of the others, often before torchrun sees it. So they wait with their own
+    error, and torchrun, which takes the first one for the cause and stops all, names the dead rank.
+    """
+    @functools.wraps(main)
+    def reporting() -> None:
+        try:
+            main()
+        except KeyboardInterrupt:  # before the run has begun: nothing is lost
+            sys.exit(130)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                time.sleep(5)
+            raise
+    return record(reporting) if "TORCHELASTIC_RUN_ID" in os.environ else reporting
+
+
+class Agreement:
+    """The largest of all ranks' numbers without waiting for the device: a group of the CPUs beside the main one.
+
+    Each call gives what the ranks offered in their previous call, so that the exchange has a step's time.
+    """
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.largest, self.work = torch.zeros(1, dtype=torch.int64), None
+
+    def __call__(self, value: int) -> int:
+        if self.group is None:
+            return value
+        agreed = 0
+        if self.work:
+            self.work.wait()
+            agreed = self.largest.item()
+        self.largest.fill_(value)
+        self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+
+class Watchdog:
+    """Says on rank 0 which ranks are behind the others, and for how long; the main loop sets `step`.
+
+    A thread of each rank writes the rank's step to the store by which the ranks found each other, which works also
+    while a collective hangs. With steps in common nobody is more than a step ahead of the slowest.
+    """
+
+    def __init__(self, step: int, timeout_s: float):
+        self.step, self.late_s, self.ended = step, timeout_s / 20, threading.Event()
+        if dist.is_initialized():
+            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+            self.store.set(str(dist.get_rank()), str(step))
+            dist.barrier()  # from here on no thread has to wait for a key
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        rank, W = dist.get_rank(), dist.get_world_size()
+        seen, told = {}, {}  # rank -> (its step, since when); rank -> seconds that were told last
+        while not self.ended.wait(self.late_s / 5):
+            try:
+                self.store.set(str(rank), str(self.step))
+                steps = [int(value) for value in self.store.multi_get([str(r) for r in range(W)])] if rank == 0 else []
+            except RuntimeError:  # the store's process is gone, and torchrun is stopping all
+                return
+            now, most = time.monotonic(), max(steps, default=0)
+            for r, step in enumerate(steps):
+                if seen.get(r, (None, 0))[0] != step:
+                    seen[r], told[r] = (step, now), self.late_s / 2
+                waited = now - seen[r][1]
+                if step < most and waited > 2 * told[r]:  # again after twice the time
+                    told[r] = waited
+                    print(f"rank {r} is late: at step {step} since {waited:.0f} s, others at {most}", file=sys.stderr,
+                          flush=True)
+
+    def close(self) -> None:
+        self.ended.set()
 
 
 def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str) -> nn.Module:
@@ -83,8 +173,17 @@ def full(value: Tensor) -> Tensor:
 
 
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Whole model and optimizer state by parameter name on the CPU of rank 0, empty elsewhere; all ranks call it."""
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """A copy of the whole model and optimizer state by parameter name on the CPU of rank 0, empty elsewhere.
+
+    All ranks call it.
+    """
+    state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return tree_map_only(Tensor, copied, state) if next(model.parameters()).device.type == "cpu" else state
+
+
+def copied(value: Tensor) -> Tensor:
+    """What offloading to the CPU leaves out where a tensor is there already: the next step must not change it."""
+    return value.detach().clone()
 
 
 def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:

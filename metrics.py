@@ -1,5 +1,6 @@
 """One log(record) for everything that watches a run: metrics.jsonl (the source of truth), the tqdm bar, wandb."""
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -51,6 +52,9 @@ class Metrics:
         elif record["kind"] == "skip":
             self.bar.write(f"step {step:>6}: skipped, {record['reason']} not finite; {len(record['samples'])} samples "
                            "named in metrics.jsonl")
+        elif record["kind"] == "spike":
+            self.bar.write(f"step {step:>6}: gradient norm {record['grad_norm']:.3g}, above {record['limit']:.3g}" +
+                           (", skipped" if record["skipped"] else ""))
         elif record["kind"] == "eval":
             self.bar.write(f"step {step:>6}: validation {record['mean_loss']:.4f} nats, worst {record['worst_domain']} "
                            f"{record['domains'][record['worst_domain']]['loss']:.4f}")
@@ -59,7 +63,8 @@ class Metrics:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk was told when the line was logged
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
@@ -42,10 +43,12 @@ def validation_windows(split: data.Split, per_domain: int | None) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str) -> dict:
+def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str,
+             stop: Callable[[], int] = lambda: 0) -> dict:
     """Mean loss in nats per token, perplexity and bits per byte of each domain; the same on every rank.
 
     mean_loss is the plain average over domains; bits per byte takes bytes per token from the domain's whole split.
+    {} if `stop`, which is called after each batch and must say the same on all ranks, ends it early.
     """
     rank, _, W = distributed.ranks()
     device = next(model.parameters()).device
@@ -63,7 +66,11 @@ def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             losses = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))  # (batch_size, T)
         window_nats.append(losses.sum(1))
+        if stop():
+            break
     model.train(training)
+    if len(window_nats) * batch_size < len(mine):
+        return {}
     counted = mine < len(pairs)
     nats, domain = torch.cat(window_nats).cpu().double()[counted], torch.from_numpy(padded[mine[counted], 0])
     sums = torch.zeros(2, len(split.domains), dtype=torch.float64)  # nats and windows per domain
