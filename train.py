@@ -388,7 +388,7 @@ def main() -> None:
                 if histograms := telemetry.histograms():
                     log({"kind": "histogram", "step": step, **histograms})
         due = last or halt or step % config.checkpoint_interval == 0 and not telemetry.skipped
-        if due and halt != FAILED and (step > start or evaluated > evaluated_before):
+        if due and halt != FAILED and (step > start or resumed and evaluated and not evaluated_before):
             save(step, evaluated)
         logged_time += time.perf_counter() - began  # evaluation and saving are not training time
         if last or halt:

@@ -1,0 +1,287 @@
+"""What breaks in long runs: kills, signals, full disks, damaged files, bad numbers, dead and slow ranks.
+
+The short form kills a few times, `-m long` a hundred; both print how many it survived.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, expect_error, expect_ok, free_port
+from fault_worker import Run
+from test_train import SMALL, model_of, poisoned, records
+
+import checkpoint
+import telemetry
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+STEPS = 24
+FLAGS = (f"--max_steps={STEPS}", "--checkpoint_interval=1", "--eval_interval=8", "--reweight=linupper", "--dropout=0.1",
+         "--micro_batch_size=4")
+
+
+def arguments(sample_data, out, *flags):
+    return ["train.py", *SMALL, *FLAGS, "--data_dir", sample_data, "--out_dir", out, *flags]
+
+
+def newest(out) -> int:
+    return max(checkpoint.steps(out), default=0)
+
+
+def files(out):
+    return sorted(str(p.relative_to(out)) for p in out.rglob("*"))
+
+
+def assert_same_end(a, b):
+    """Parameters, optimizer and logged losses of two finished runs, bit for bit, and no file more or less."""
+    assert files(a) == files(b)
+    for name in checkpoint.FILES:
+        x, y = (torch.utils._pytree.tree_leaves(torch.load(checkpoint.find_latest(run) / name, weights_only=True))
+                for run in (a, b))
+        assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(x, y, strict=True))
+    for kind in ("train", "eval"):
+        losses = [{r["step"]: r.get("loss", r.get("mean_loss")) for r in records(run, kind)} for run in (a, b)]
+        shared = set(losses[0]) & set(losses[1])
+        assert max(shared) == STEPS and all(losses[0][s] == losses[1][s] for s in shared)
+
+
+@pytest.fixture(scope="module")
+def start(sample_data, tmp_path_factory):
+    """start(out, *flags, ranks=2, fault="") -> a Run that has begun; none is left running."""
+    runs, logs = [], tmp_path_factory.mktemp("logs")
+
+    def begin(out, *flags, ranks=2, fault=""):
+        runs.append(Run(out, ranks, arguments(sample_data, out, *flags), logs / str(len(runs)), free_port(), fault))
+        return runs[-1]
+    yield begin
+    for run in runs:
+        run.signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """The finished run of two ranks that the others are compared with."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    run = start(out)
+    assert run.wait() == [0, 0], run.output()
+    return out
+
+
+def count(times: int, early: float, start, unbroken, out, end) -> None:
+    """End a run `times` times at random moments and start it again; each run that finishes equals the unbroken one.
+
+    early: share of the times that come at any moment from the start on; the others wait until a checkpoint is written.
+    end(run) -> whether it survived: it ended as it should, and what is in the folder can be gone on from.
+    """
+    rng, survived, finished, tried = random.Random(1), 0, 0, 0
+    while tried < times or finished == 0:
+        before, run = newest(out), start(out)
+        if tried < times:
+            anywhere = rng.random() < early
+            if not anywhere:
+                run.wait_for(lambda before=before, run=run: newest(out) > before or not run.ranks[0].is_alive())
+            time.sleep(rng.uniform(0, 3 if anywhere else 0.6))
+            tried, survived = tried + 1, survived + end(run)
+            assert survived == tried, run.output()
+        else:
+            assert run.wait() == [0, 0], run.output()
+        if "finished" in run.output():
+            finished += 1
+            assert_same_end(out, unbroken)
+            shutil.rmtree(out)
+    print(f"survived {survived} of {tried}, {finished} runs finished and equal")
+
+
+def killed(run) -> bool:
+    run.signal(signal.SIGKILL)
+    return set(run.wait()) <= {-9, 0}  # until then it had gone on from what the kill before left
+
+
+def terminated(run) -> bool:
+    run.signal(signal.SIGTERM)
+    codes, output = run.wait(30), run.output()
+    if "finished" not in output:
+        step = int(output.rsplit("stopped by SIGTERM at step ", 1)[1].split(";")[0])
+        state = checkpoint.read_json(checkpoint.find_latest(run.out) / "state.json")
+    return codes == [0, 0] and ("finished" in output or step == state["step"])
+
+
+def test_kills(start, unbroken, tmp_path):
+    count(4, 0.25, start, unbroken, tmp_path / "run", killed)
+
+
+@pytest.mark.long
+def test_a_hundred_kills(start, unbroken, tmp_path):
+    count(100, 0.25, start, unbroken, tmp_path / "run", killed)
+
+
+@pytest.mark.long
+def test_twenty_sigterms(start, unbroken, tmp_path):
+    count(20, 0, start, unbroken, tmp_path / "run", terminated)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_one_rank_stops_all_at_one_step(start, unbroken, tmp_path, number):
+    out = tmp_path / "run"
+    run = start(out, "--checkpoint_interval=100")
+    run.wait_for(lambda: (out / "metrics.jsonl").exists() and records(out, "train"))
+    run.signal(number, 1)
+    assert run.wait(30) == [0, 0], run.output()
+    (step,) = checkpoint.steps(out)  # saved once, by the signal
+    assert 2 <= step < STEPS and f"stopped by {number.name} at step {step}; resume with: python" in run.output()
+    assert "Traceback" not in run.output()
+    if number == signal.SIGTERM:
+        run = start(out)
+        assert run.wait() == [0, 0] and f"resumed from {checkpoint.checkpoint_folder(out, step)}" in run.output()
+        assert_same_end(out, unbroken)
+
+
+def without_the_end(unbroken, out):
+    """A copy that lacks the last step."""
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(checkpoint.checkpoint_folder(out, STEPS))
+    return out
+
+
+def test_a_signal_during_evaluation_leaves_it_and_the_resumed_run_makes_up_for_it(start, unbroken, tmp_path):
+    out = without_the_end(unbroken, tmp_path / "run")
+    run = start(out, "--eval_windows=100000")
+    run.wait_for(lambda: f"{STEPS}/{STEPS} " in run.output())
+    time.sleep(0.5)  # the last evaluation is of many thousand windows
+    run.signal(signal.SIGTERM)
+    assert run.wait(15) == [0, 0] and f"stopped by SIGTERM at step {STEPS};" in run.output(), run.output()
+    assert records(out, "eval")[-1]["step"] == STEPS - 8
+    run = start(out)
+    assert run.wait() == [0, 0] and "finished" in run.output()
+    assert_same_end(out, unbroken)
+    run = start(out)
+    assert run.wait() == [0, 0] and "is finished" in run.output()
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(start, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for step, name in ((STEPS, "optimizer.pt"), (STEPS - 1, "model.pt")):
+        path = checkpoint.checkpoint_folder(out, step) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1  # a single bit, in the middle of the numbers
+        path.write_bytes(content)
+        if step == STEPS:
+            run = start(out)
+            assert run.wait() == [0, 0], run.output()
+            warning = f"warning: {path} is damaged (its sha256 is not the one in state.json); going on from"
+            assert run.output().count(warning) == 1
+            assert_same_end(out, unbroken)
+            path.write_bytes(content)
+    run = start(out)
+    assert run.wait() == [2, 2] and "error: " in run.output() and "has no intact checkpoint" in run.output()
+
+
+def test_a_run_of_four_ranks_goes_on_with_one_two_or_three(start, tmp_path):
+    """FSDP and DDP in turn; dropout noise belongs to the micro-batch, which is the same for all."""
+    flags = ("--global_batch_size=12", "--micro_batch_size=1", "--max_steps=12", "--checkpoint_interval=2",
+             "--keep_checkpoints=9", "--eval_interval=100", "--eval_windows=1")
+    run = start(tmp_path / "four", *flags, "--parallel=fsdp", ranks=4)
+    assert run.wait(120) == [0] * 4, run.output()
+    expected = [r["loss"] for r in records(tmp_path / "four", "train")]
+    assert len(expected) == 12 and expected[-1] < expected[0] - 0.1
+    for ranks, parallel in ((1, "ddp"), (2, "fsdp"), (3, "ddp")):
+        out = tmp_path / str(ranks)
+        shutil.copytree(tmp_path / "four", out)
+        for step in (4, 6, 8, 10, 12):
+            shutil.rmtree(checkpoint.checkpoint_folder(out, step))
+        run = start(out, *flags, f"--parallel={parallel}", ranks=ranks)
+        assert run.wait(120) == [0] * ranks and f"x {12 // ranks} micro-steps" in run.output(), run.output()
+        losses = [r["loss"] for r in records(out, "train")]
+        assert losses == pytest.approx(expected, abs=1e-5) and losses != expected
+
+
+def test_a_slow_rank_is_named(start, tmp_path):
+    run = start(tmp_path / "run", "--timeout_s=20", fault="slow rank")  # told after a twentieth of it
+    assert run.wait() == [0, 0], run.output()
+    assert "rank 1 is late: at step 4 since" in run.output() and "others at 5" in run.output()
+    assert "rank 0 is late" not in run.output()
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_time_out(start, tmp_path):
+    run = start(tmp_path / "run", "--timeout_s=5", fault="hanging rank")
+    run.wait_for(lambda: not run.ranks[0].is_alive())
+    assert run.ranks[0].exitcode == 1 and "Timed out" in run.output() and "rank 1 is late" in run.output()
+    run.signal(signal.SIGTERM, 1)  # it waits for its data: the first signal waits for the step's end
+    time.sleep(2.5)
+    assert run.ranks[1].is_alive()
+    run.signal(signal.SIGTERM, 1)
+    assert run.wait(5)[1] == -signal.SIGTERM
+
+
+def test_a_dead_rank_takes_the_others_down_and_is_reported(sample_data, tmp_path):
+    args = arguments(sample_data, tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=10")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "--"]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen([*launcher, *map(str, args)], cwd=ROOT, stderr=log,
+                                                               stdout=log, start_new_session=True) as agent:
+        until = time.monotonic() + 60
+        while newest(tmp_path / "run") < 20 and time.monotonic() < until:
+            time.sleep(0.1)
+        workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        ranks = {int(re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())[1]): int(pid)
+                 for pid in workers}
+        os.kill(ranks[1], signal.SIGKILL)
+        assert agent.wait(60) == 1
+    report = (tmp_path / "log").read_text().split("Root Cause")[1]
+    assert "rank      : 1 " in report and "exitcode  : -9" in report, report
+    assert not Path(f"/proc/{ranks[0]}").exists() and newest(tmp_path / "run") >= 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes more rights")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder, leave: int) -> None:
+    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - leave))
+
+
+@pytest.mark.parametrize("guessed", [True, False])
+def test_a_disk_that_is_full_for_a_checkpoint(start, unbroken, small_disk, guessed, monkeypatch):
+    out = without_the_end(unbroken, small_disk / "run")
+    before = files(out / "checkpoints")
+    fill(small_disk, leave=4_000_000)  # of the 10 MB it takes
+    run = start(out, fault="" if guessed else "free space guessed wrong")
+    codes = run.wait()
+    assert codes[0] == 2 and codes[1] in (0, 2), run.output()
+    reason = "0.01 GB are needed, 0.00 GB are free" if guessed else "No space left on device"
+    assert f"error: the checkpoint of step {STEPS} cannot be written" in run.output() and reason in run.output()
+    assert f"the newest there is of step {STEPS - 1}" in run.output() and "Traceback" not in run.output()
+    assert files(out / "checkpoints") == before
+    (small_disk / "filler").unlink()
+    run = start(out)
+    assert run.wait() == [0, 0], run.output()
+    assert_same_end(out, unbroken)
+
+
+def test_a_disk_that_is_full_for_the_metrics(start, unbroken, small_disk):
+    out = small_disk / "run"
+    run = start(out, "--checkpoint_interval=4")
+    run.wait_for(lambda: newest(out) >= 4)
+    fill(small_disk, leave=0)
+    codes = run.wait()
+    assert codes[0] == 2 and "Traceback" not in run.output(), run.output()
+    assert "metrics.jsonl cannot be written (No space left on device)" in run.output()
+    (small_disk / "filler").unlink()
+    run = start(out)
+    assert run.wait() == [0, 0], run.output()
+    assert [r["step"] for r in records(out, "train")] == list(range(1, STEPS + 1))
