@@ -59,9 +59,8 @@ class Writer:
         try:
             check_space(self.out_dir, tensors)
             save(self.out_dir, step, tensors, state, self.keep, self.every)
-        except (OSError, RuntimeError) as error:  # torch turns what its file raises into a RuntimeError
-            found = steps(self.out_dir)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except Exception as error:  # whatever it is, a run that goes on unsaved would be worse
+            found, reason = steps(self.out_dir), getattr(error, "strerror", None) or repr(error)
             there = f"the newest there is of step {found[-1]}" if found else "there is none before it"
             self.failure = (f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}); {there}; "
                             "make room and give the same command again")
@@ -92,15 +91,18 @@ def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep
 def write_tensors(path: Path, tensors: dict) -> str:
     """torch.save to the disk -> sha256 of the file, taken as it is written."""
     digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb") as file:
         class Hashed:
             def write(self, content) -> int:
                 digest.update(content)
                 return file.write(content)
 
-            def flush(self) -> None:
-                pass
-        torch.save(tensors, Hashed())
+            flush = file.flush
+        try:
+            torch.save(tensors, Hashed())
+        except RuntimeError as error:  # torch's own, as it closes what a full disk has left incomplete
+            raise error.__context__ or error from None
+        file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 

@@ -105,41 +105,59 @@ class Agreement:
 
 
 class Watchdog:
-    """Says on rank 0 which ranks are behind the others, and for how long; the main loop sets `step`.
+    """Says on rank 0 which ranks are behind the others, and for how long; the main loop says where it is by `at`.
 
-    A thread of each rank writes the rank's step to the store by which the ranks found each other, which works also
-    while a collective hangs. With steps in common nobody is more than a step ahead of the slowest.
+    A thread of each rank writes the rank's place to the store by which the ranks found each other, which works also
+    while a collective hangs. The last word of a rank whose process hangs or is gone is old.
     """
 
+    PLACES = ("evaluating or saving", "reading its batch", "computing")
+
     def __init__(self, step: int, timeout_s: float):
-        self.step, self.late_s, self.ended = step, timeout_s / 20, threading.Event()
+        self.place, self.late_s, self.ended = step * len(self.PLACES), timeout_s / 20, threading.Event()
         if dist.is_initialized():
             self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
-            self.store.set(str(dist.get_rank()), str(step))
+            self._write(0)
             dist.barrier()  # from here on no thread has to wait for a key
             threading.Thread(target=self._run, daemon=True).start()
 
-    def _run(self) -> None:
-        rank, W = dist.get_rank(), dist.get_world_size()
-        seen, told = {}, {}  # rank -> (its step, since when); rank -> seconds that were told last
-        while not self.ended.wait(self.late_s / 5):
-            try:
-                self.store.set(str(rank), str(self.step))
-                steps = [int(value) for value in self.store.multi_get([str(r) for r in range(W)])] if rank == 0 else []
-            except RuntimeError:  # the store's process is gone, and torchrun is stopping all
-                return
-            now, most = time.monotonic(), max(steps, default=0)
-            for r, step in enumerate(steps):
-                if seen.get(r, (None, 0))[0] != step:
-                    seen[r], told[r] = (step, now), self.late_s / 2
-                waited = now - seen[r][1]
-                if step < most and waited > 2 * told[r]:  # again after twice the time
-                    told[r] = waited
-                    print(f"rank {r} is late: at step {step} since {waited:.0f} s, others at {most}", file=sys.stderr,
-                          flush=True)
+    def at(self, step: int, place: int) -> None:
+        """This rank has reached PLACES[place] of a step."""
+        self.place = step * len(self.PLACES) + place
 
     def close(self) -> None:
         self.ended.set()
+
+    def _write(self, beat: int) -> None:
+        self.store.set(str(dist.get_rank()), f"{self.place} {beat}")
+
+    def _run(self) -> None:
+        beat, told = 0, {}  # rank -> seconds that were told last
+        places, beats = {}, {}  # rank -> (what it was when it last changed, when that was)
+        while not self.ended.wait(self.late_s / 5):
+            try:
+                self._write(beat := beat + 1)
+                keys = [str(r) for r in range(dist.get_world_size() if dist.get_rank() == 0 else 0)]
+                words = [tuple(map(int, word.split())) for word in self.store.multi_get(keys)] if keys else []
+            except RuntimeError:  # the store's process is gone, and torchrun is stopping all
+                return
+            now, first = time.monotonic(), max((place for place, _ in words), default=0)
+            for r, (place, count) in enumerate(words):
+                for seen, value in ((places, place), (beats, count)):
+                    if seen.get(r, (None,))[0] != value:
+                        seen[r] = value, now
+                silent, waited = now - beats[r][1] > self.late_s, now - places[r][1]
+                if waited < self.late_s or not (place < first or silent):
+                    told[r] = self.late_s / 2
+                elif waited > 2 * told[r]:  # again after twice the time
+                    told[r] = waited
+                    print(f"rank {r} is late: {self._name(place)} since {waited:.0f} s" +
+                          (", and its process gives no sign" if silent else f", others {self._name(first)}"),
+                          file=sys.stderr, flush=True)
+
+    def _name(self, place: int) -> str:
+        step, place = divmod(place, len(self.PLACES))
+        return f"{self.PLACES[place]} at step {step}"
 
 
 def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str) -> nn.Module:

@@ -368,7 +368,8 @@ def main() -> None:
 
     stream = batches(train, sampler, config, start)
     for step in range(start, config.max_steps + 1):  # one round more than steps, so that the last one is evaluated too
-        began, last, watchdog.step = time.perf_counter(), step == config.max_steps, step
+        began, last = time.perf_counter(), step == config.max_steps
+        watchdog.at(step, 0)
         if writer and writer.failure:
             fail(writer.failure)
         halt = stop()
@@ -394,7 +395,9 @@ def main() -> None:
         if last or halt:
             break
 
+        watchdog.at(step, 1)
         x, y, pairs = next(stream)
+        watchdog.at(step, 2)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (n, T)
         expected = None
         if config.reweight_norm == "domain":
