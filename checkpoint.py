@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -60,10 +61,11 @@ class Writer:
             check_space(self.out_dir, tensors)
             save(self.out_dir, step, tensors, state, self.keep, self.every)
         except Exception as error:  # whatever it is, a run that goes on unsaved would be worse
-            found, reason = steps(self.out_dir), getattr(error, "strerror", None) or repr(error)
+            reason, found = getattr(error, "strerror", None) or repr(error).split("\\n")[0], steps(self.out_dir)
+            free = shutil.disk_usage(self.out_dir).free / 1e9
             there = f"the newest there is of step {found[-1]}" if found else "there is none before it"
-            self.failure = (f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}); {there}; "
-                            "make room and give the same command again")
+            self.failure = (f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}; {free:.2f} "
+                            f"GB are free); {there}; make room and give the same command again")
 
 
 def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int, every: int = 0) -> Path:
@@ -89,21 +91,19 @@ def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep
 
 
 def write_tensors(path: Path, tensors: dict) -> str:
-    """torch.save to the disk -> sha256 of the file, taken as it is written."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        class Hashed:
-            def write(self, content) -> int:
-                digest.update(content)
-                return file.write(content)
-
-            flush = file.flush
-        try:
-            torch.save(tensors, Hashed())
-        except RuntimeError as error:  # torch's own, as it closes what a full disk has left incomplete
-            raise error.__context__ or error from None
-        file.flush()
+    """torch.save to the disk -> sha256 of the file."""
+    torch.save(tensors, path)  # by name: through a Python file it would hold up the steps of the main thread
+    with open(path, "rb") as file:
+        digest = sha256(file)
         os.fsync(file.fileno())
+    return digest
+
+
+def sha256(file: BinaryIO) -> str:
+    """Of a file's content; other threads go on meanwhile."""
+    digest = hashlib.sha256()
+    while part := file.read(1 << 24):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -112,7 +112,7 @@ def check_space(out_dir: Path, tensors: tuple[dict, dict]) -> None:
     needed = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
     free = shutil.disk_usage(out_dir).free
     if free < needed * 1.01:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed")
 
 
 def outdated(found: list[int], step: int, keep: int, every: int) -> list[int]:
@@ -206,17 +206,16 @@ def verify(folder: Path, name: str) -> None:
 
     Reads it once from the disk; loading it afterwards finds it in memory.
     """
-    path, digest = Path(folder) / name, hashlib.sha256()
+    path = Path(folder) / name
     expected = read_json(Path(folder) / "state.json").get("sha256", {}).get(name)  # older checkpoints have none
     try:
         with open(path, "rb") as file:
-            while expected and (part := file.read(1 << 24)):
-                digest.update(part)
+            found = sha256(file) if expected else None
     except FileNotFoundError:
         raise damaged(path, "is missing") from None
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror})") from None
-    if expected and digest.hexdigest() != expected:
+    if found != expected:
         raise damaged(path, "is damaged (its sha256 is not the one in state.json)")
 
 

@@ -28,7 +28,7 @@ class Metrics:
         write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
         kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a", buffering=1)
+        self.file, self.failure = open(self.path, "a", buffering=1), ""  # failure: why a line could not be written
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":
@@ -44,7 +44,10 @@ class Metrics:
                                 ) from None
 
     def log(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        try:
+            self.file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self.failure = no_room(self.path, error)
         step = record["step"]
         self.bar.update(step - self.bar.n)
         if record["kind"] == "train":
@@ -67,6 +70,12 @@ class Metrics:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def no_room(path: Path, error: OSError) -> str:
+    """What to say of a file that a run cannot add to."""
+    return (f"{path} cannot be written ({error.strerror}); the checkpoints are intact; make room and give the same "
+            "command again")
 
 
 @cache  # every checkpoint asks

@@ -21,10 +21,12 @@ class Stop:
     """Every rank makes one after the process group, and calls it equally often: each step, each batch of an evaluation.
 
     agreed: 0 to go on, else what all ranks know of: a signal's number, or FAILED.
+    parts: what can fail on this rank and then says why in its `failure`: a full disk. reason: the same of the loop.
     """
 
     def __init__(self):
         self.asked, self.asked_at, self.agreed, self.agree = 0, 0.0, 0, distributed.Agreement()
+        self.parts, self.reason = [], ""
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -38,13 +40,15 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def fail(self) -> None:
-        """This rank cannot go on."""
-        self.asked = FAILED
-
     def __call__(self) -> int:
-        self.agreed = self.agreed or self.agree(self.asked)
+        self.agreed = self.agreed or self.agree(FAILED if self.failure else self.asked)
         return self.agreed
+
+    @property
+    def failure(self) -> str:
+        """Why this rank cannot go on, or nothing."""
+        found = self.reason or next((part.failure for part in self.parts if part.failure), "")
+        return found or ("another rank cannot go on; its own error says why" if self.agreed == FAILED else "")
 
     @property
     def name(self) -> str:

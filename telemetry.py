@@ -16,6 +16,7 @@ from torch import Tensor
 import data
 import distributed
 from files import write_bytes
+from metrics import no_room
 
 # One sample of one step. domain: index into the domains of the training split; weight: times G.
 SAMPLE = np.dtype([("step", "<u4"), ("domain", "u1"), ("window", "<u4"), ("loss", "<f4"), ("weight", "<f4")])
@@ -63,6 +64,7 @@ class Telemetry:
         self.split, self.record_every, self.may_skip = split, record_every, MAX_SKIPPED if on_nonfinite == "skip" else 1
         self.pending: list[tuple[int, np.ndarray, Tensor, Tensor]] = []
         self.seen: list[np.ndarray] = []  # (2, K * G) losses and weights since the last histogram
+        self.failure = ""  # why samples.bin could not be written
         self.skipped: list[int] = []  # the skipped steps in a row up to the newest step
         self.path = Path(out_dir) / "samples.bin" if distributed.ranks().rank == 0 else None
         if self.path and self.path.exists():  # a resumed run takes the steps after its checkpoint again
@@ -116,8 +118,11 @@ class Telemetry:
         rows = np.zeros((due.sum(), losses.shape[1]), SAMPLE)
         rows["step"], rows["domain"], rows["window"] = steps[due, None], pairs[due, :, 0], pairs[due, :, 1]
         rows["loss"], rows["weight"] = losses[due], weights[due] * losses.shape[1]
-        with open(self.path, "ab") as file:
-            file.write(rows.tobytes())
+        try:
+            with open(self.path, "ab") as file:
+                file.write(rows.tobytes())
+        except OSError as error:
+            self.failure = no_room(self.path, error)
 
     def histograms(self) -> dict:
         """Of the losses (nats) and weights (times G) since the last call, or since this process began; {}: no step."""

@@ -298,7 +298,7 @@ def main() -> None:
         return
 
     device = distributed.setup(config.device, config.timeout_s)
-    stop = Stop()
+    stop, watchdog = Stop(), distributed.Watchdog(start, config.timeout_s)
     starts = distributed.gather(torch.tensor([start], device=device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "
@@ -322,23 +322,12 @@ def main() -> None:
     if rank == 0:
         writer = checkpoint.Writer(out_dir, config.keep_checkpoints, config.keep_every)
         metrics = Metrics(out_dir, {**asdict(config), "world_size": W, "identity": this}, start, config.max_steps)
-    watchdog = distributed.Watchdog(start, config.timeout_s)
-    failure, tokens = "", config.global_batch_size * config.block_size
-    logged_step, logged_time = start, time.perf_counter()
-
-    def fail(reason: str) -> None:
-        """This rank cannot go on: all end at the next step."""
-        nonlocal failure
-        failure = failure or reason
-        stop.fail()
+        stop.parts = [writer, metrics, telemetry]
+    tokens, logged_step, logged_time = config.global_batch_size * config.block_size, start, time.perf_counter()
 
     def log(record: dict) -> None:
-        try:
-            if metrics:
-                metrics.log(record)
-        except OSError as error:
-            fail(f"{metrics.path} cannot be written ({error.strerror}); the checkpoints are intact; make room and give "
-                 "the same command again")
+        if metrics:
+            metrics.log(record)
 
     def report(done: int) -> None:
         """Log what the steps since the last report did."""
@@ -357,9 +346,9 @@ def main() -> None:
         if writer:
             writer.wait()
         tensors = distributed.get_state(raw, optimizer)
-        if rank == 0 and (changed := train.changed() or val.changed()):
-            fail(f"{changed}; the checkpoints before step {step} are intact")
-        elif rank == 0:
+        if rank == 0:
+            stop.reason = stop.reason or train.changed() or val.changed()
+        if rank == 0 and not stop.reason:
             writer.save(step, tensors, {
                 "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this, "evaluated": evaluated,
                 "data_dir": config.data_dir, "tokenizer_sha256": manifest["tokenizer"]["sha256"],
@@ -370,15 +359,13 @@ def main() -> None:
     for step in range(start, config.max_steps + 1):  # one round more than steps, so that the last one is evaluated too
         began, last = time.perf_counter(), step == config.max_steps
         watchdog.at(step, 0)
-        if writer and writer.failure:
-            fail(writer.failure)
         halt = stop()
         if halt and telemetry.pending:
             report(step)
         if len(telemetry.skipped) >= telemetry.may_skip:
             before = telemetry.skipped[0] - 1
             save(before)  # a skipped step changed nothing, so this is the state before the first of them
-            failure = failure or telemetry.why_stopped(out_dir)
+            stop.reason = stop.reason or telemetry.why_stopped(out_dir)
             break
         evaluated = (step == start and evaluated_before) or not (last or step % config.eval_interval == 0)
         if not evaluated and not halt:
@@ -415,14 +402,13 @@ def main() -> None:
             report(done)
     if writer:
         writer.wait()
-        failure = failure or writer.failure
     if metrics:
         metrics.close()
     watchdog.close()
     del model  # the wrapper of the gradients must go before the process group does
     distributed.cleanup()
-    if failure or halt == FAILED:
-        raise UserError(failure or "another rank cannot go on; its own error says why")
+    if stop.failure:
+        raise UserError(stop.failure)
     if halt and not (last and evaluated):
         print0(f"stopped by {stop.name} at step {step:,}; resume with: {command()}")
         return
