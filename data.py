@@ -62,8 +62,8 @@ class Split:
     def changed(self) -> str:
         """What to say if a shard is no longer the file it was when the run began, or nothing."""
         path = next((path for path, then in self.as_opened.items() if state_of(path) != then), None)
-        return (f"shard {path} was changed during the run; the checkpoints up to here are intact; restore the file and give "
-                "the same command again") if path else ""
+        return (f"shard {path} was changed during the run; the checkpoints up to here are intact; restore the file and "
+                "give the same command again") if path else ""
 
     def window(self, domain: int, index: int) -> np.ndarray:
         """(T + 1,) uint16: the tokens of window `index` of the domain."""

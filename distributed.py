@@ -88,8 +88,9 @@ class Agreement:
     Each call gives what the ranks offered in their previous call, so that the exchange has a step's time.
     """
 
-    def __init__(self):
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, timeout_s: float):
+        timeout = timedelta(seconds=timeout_s)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.largest, self.work = torch.zeros(1, dtype=torch.int64), None
 
     def __call__(self, value: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from errors import UserError
-from files import write_text
+from files import lock, write_text
 
 
 class Metrics:
@@ -25,10 +25,13 @@ class Metrics:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made") from None
+        busy = f"a process is still training in {out_dir}"  # torchrun, killed, leaves its workers behind
+        lock(self.path, busy, wait=10).close()
         write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
         kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file, self.failure = open(self.path, "a", buffering=1), ""  # failure: why a line could not be written
+        self.file, self.failure = lock(self.path, busy), ""  # failure: why a line could not be written
+        self.file.reconfigure(line_buffering=True)
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":

@@ -24,8 +24,8 @@ class Stop:
     parts: what can fail on this rank and then says why in its `failure`: a full disk. reason: the same of the loop.
     """
 
-    def __init__(self):
-        self.asked, self.asked_at, self.agreed, self.agree = 0, 0.0, 0, distributed.Agreement()
+    def __init__(self, timeout_s: float):
+        self.asked, self.asked_at, self.agreed, self.agree = 0, 0.0, 0, distributed.Agreement(timeout_s)
         self.parts, self.reason = [], ""
         for number in SIGNALS:
             signal.signal(number, self._receive)

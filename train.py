@@ -298,7 +298,7 @@ def main() -> None:
         return
 
     device = distributed.setup(config.device, config.timeout_s)
-    stop, watchdog = Stop(), distributed.Watchdog(start, config.timeout_s)
+    stop, watchdog = Stop(config.timeout_s), distributed.Watchdog(start, config.timeout_s)
     starts = distributed.gather(torch.tensor([start], device=device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "
@@ -320,8 +320,8 @@ def main() -> None:
     telemetry = Telemetry(train, out_dir, start, config.record_samples, config.on_nonfinite)
     metrics = writer = None
     if rank == 0:
-        writer = checkpoint.Writer(out_dir, config.keep_checkpoints, config.keep_every)
         metrics = Metrics(out_dir, {**asdict(config), "world_size": W, "identity": this}, start, config.max_steps)
+        writer = checkpoint.Writer(out_dir, config.keep_checkpoints, config.keep_every)
         stop.parts = [writer, metrics, telemetry]
     tokens, logged_step, logged_time = config.global_batch_size * config.block_size, start, time.perf_counter()
 

@@ -377,3 +377,12 @@ def test_a_failed_write_is_told_and_nothing_is_written_after_it(tmp_path, monkey
     writer.save(3, tensors, {})
     writer.wait()
     assert checkpoint.steps(tmp_path) == [1] and len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_two_runs_in_one_folder(start, tmp_path):
+    first = start(tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=100000", ranks=1)
+    first.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run", "train"))
+    second = start(tmp_path / "run", "--max_steps=100000", ranks=1)
+    assert second.wait() == [2] and "error: a process is still training in" in second.output()
+    first.signal(signal.SIGTERM)
+    assert first.wait(30) == [0], first.output()
