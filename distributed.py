@@ -120,7 +120,8 @@ class Watchdog:
             self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
             self._write(0)
             dist.barrier()  # from here on no thread has to wait for a key
-            threading.Thread(target=self._run, daemon=True).start()
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
 
     def at(self, step: int, place: int) -> None:
         """This rank has reached PLACES[place] of a step."""
@@ -128,6 +129,8 @@ class Watchdog:
 
     def close(self) -> None:
         self.ended.set()
+        if dist.is_initialized():
+            self.thread.join(timeout=10)  # or it might ask the store while the process ends
 
     def _write(self, beat: int) -> None:
         self.store.set(str(dist.get_rank()), f"{self.place} {beat}")

@@ -21,17 +21,18 @@ class Metrics:
 
     def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
         self.path = Path(out_dir) / "metrics.jsonl"
+        busy = f"a process is still training in {out_dir}"  # torchrun, killed, leaves its workers behind
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock(self.path, busy, wait=10).close()
+            write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
+            kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.file, self.failure = lock(self.path, busy), ""  # failure: why a line could not be written
+            self.file.reconfigure(line_buffering=True)
         except OSError as error:
-            raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made") from None
-        busy = f"a process is still training in {out_dir}"  # torchrun, killed, leaves its workers behind
-        lock(self.path, busy, wait=10).close()
-        write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
-        kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file, self.failure = lock(self.path, busy), ""  # failure: why a line could not be written
-        self.file.reconfigure(line_buffering=True)
+            raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made and written to, "
+                            "with room on its disk") from None
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":
