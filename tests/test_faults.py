@@ -81,8 +81,8 @@ def count(times: int, early: float, start, unbroken, out, end) -> None:
     """End a run `times` times at random moments and start it again; each run that finishes equals the unbroken one.
 
     early: share of the times that come at any moment from the start on; the others wait until a checkpoint is written.
-    end(run) -> whether it survived: it ended as it should, and what is in the folder can be gone on from. A run that was
-    over before is not counted.
+    end(run) -> whether it survived: it ended as it should, and what is in the folder can be gone on from. A run that
+    was over before is not counted.
     """
     rng, survived, finished, tried = random.Random(1), 0, 0, 0
     while tried < times or finished == 0:
