@@ -30,7 +30,7 @@ from distributed import print0
 from errors import UserError, run
 from model import GPT, SIZES
 from reweight import STRATEGIES
-from telemetry import Telemetry
+from telemetry import WINDOW, Guard, Telemetry
 
 # name -> (strategy or None for the one asked for, statistics collected and flushed as in train.py)
 VARIANTS = {"uniform": ("uniform", False), "weighted": (None, False), "weighted, with telemetry": (None, True)}
@@ -61,6 +61,7 @@ def main() -> None:
     optimizer = train.make_optimizer(raw, config)
     tokens = torch.randint(args.vocab_size, (n, T + 1), device=device)
     pairs = np.stack([np.arange(G) % len(DOMAINS), np.arange(G)], axis=1)
+    guard = Guard(device, 0.0, "skip")
     telemetry = Telemetry(SimpleNamespace(domains=DOMAINS, kinds=()), tempfile.mkdtemp(), 0, 0)
 
     def block(variant: str, model: torch.nn.Module) -> tuple[float, float]:
@@ -72,7 +73,8 @@ def main() -> None:
         for step in range(config.log_interval):
             out = train.train_step(model, optimizer, tokens[:, :-1], tokens[:, 1:], step, settings)
             if watched:
-                telemetry.add(step + 1, pairs, *out)
+                telemetry.add(step + 1, pairs, *out, guard.limits(WINDOW + step))
+                guard.add(step, out[2], optimizer.found_inf == 0)
         if watched:
             telemetry.flush()
             telemetry.histograms()
