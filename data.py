@@ -57,6 +57,13 @@ class Split:
         for paths, infos in zip(self.paths, self.infos, strict=True):
             for path, info in zip(paths, infos, strict=True):
                 check_shard(path, info)
+        self.as_opened = {path: state_of(path) for paths in self.paths for path in paths}
+
+    def changed(self) -> str:
+        """What to say if a shard is no longer the file it was when the run began, or nothing."""
+        path = next((path for path, then in self.as_opened.items() if state_of(path) != then), None)
+        return (f"shard {path} was changed during the run; the checkpoints up to here are intact; restore the file and "
+                "give the same command again") if path else ""
 
     def window(self, domain: int, index: int) -> np.ndarray:
         """(T + 1,) uint16: the tokens of window `index` of the domain."""
@@ -105,6 +112,14 @@ def check_shard(path: Path, info: dict) -> None:
                         "it was cut short or changed; prepare the data again or restore the file")
     if "kinds" in info and not kinds_path(path).is_file():
         raise UserError(f"{kinds_path(path)} is missing; prepare the data again or restore the file")
+
+
+def state_of(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change of a file; None if it cannot be asked for."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def open_shard(path: Path) -> BinaryIO:

@@ -4,12 +4,16 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process a
 `rank` is global; `local_rank` only picks the device.
 """
 
+import functools
 import gc
 import os
 import re
+import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from errors import UserError
 
@@ -41,8 +47,11 @@ def ranks() -> Ranks:
     return Ranks(int(given["RANK"]), int(given["LOCAL_RANK"]), int(given["WORLD_SIZE"]))
 
 
-def setup(device_type: str) -> torch.device:
-    """Join the process group (nccl on cuda, gloo elsewhere) where torchrun started several; the device to work on."""
+def setup(device_type: str, timeout_s: float = 600) -> torch.device:
+    """Join the process group (nccl on cuda, gloo elsewhere) where torchrun started several; the device to work on.
+
+    timeout_s: a collective that takes longer ends the processes that wait in it.
+    """
     device = torch.device("cuda", ranks().local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
@@ -50,10 +59,11 @@ def setup(device_type: str) -> torch.device:
         if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"WORLD_SIZE={ranks().world_size}, but no {lacking[0]} in the environment; start with "
                             "torchrun, or unset WORLD_SIZE")
+        timeout = timedelta(seconds=timeout_s)
         if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
     return device
 
 
@@ -96,6 +106,105 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
+def reported(main: Callable[[], None]) -> Callable[[], None]:
+    """main, whose error goes into torchrun's report, and that of a rank which died before those of its peers.
+
+    A rank's death breaks the collectives of the others, often before torchrun sees it. So they wait with their own
+    error, and torchrun, which takes the first one for the cause and stops all, names the dead rank.
+    """
+    @functools.wraps(main)
+    def reporting() -> None:
+        try:
+            main()
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                time.sleep(5)
+            raise
+    return record(reporting) if "TORCHELASTIC_RUN_ID" in os.environ else reporting
+
+
+class Agreement:
+    """The largest of all ranks' numbers without waiting for the device: a group of the CPUs beside the main one.
+
+    Each call gives what the ranks offered in their previous call, so that the exchange has a step's time.
+    """
+
+    def __init__(self, timeout_s: float):
+        timeout = timedelta(seconds=timeout_s)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self.largest, self.work = torch.zeros(1, dtype=torch.int64), None
+
+    def __call__(self, value: int) -> int:
+        if self.group is None:
+            return value
+        agreed = 0
+        if self.work:
+            self.work.wait()
+            agreed = self.largest.item()
+        self.largest.fill_(value)
+        self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+
+class Watchdog:
+    """Says on rank 0 which ranks are behind the others, and for how long; the main loop says where it is by `at`.
+
+    A thread of each rank writes the rank's place to the store by which the ranks found each other, which works also
+    while a collective hangs. The last word of a rank whose process hangs or is gone is old.
+    """
+
+    PLACES = ("evaluating or saving", "reading its batch", "computing")
+
+    def __init__(self, step: int, timeout_s: float):
+        self.place, self.late_s, self.ended = step * len(self.PLACES), timeout_s / 20, threading.Event()
+        if dist.is_initialized():
+            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+            self._write(0)
+            dist.barrier()  # from here on no thread has to wait for a key
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+
+    def at(self, step: int, place: int) -> None:
+        """This rank has reached PLACES[place] of a step."""
+        self.place = step * len(self.PLACES) + place
+
+    def close(self) -> None:
+        self.ended.set()
+        if dist.is_initialized():
+            self.thread.join(timeout=10)  # or it might ask the store while the process ends
+
+    def _write(self, beat: int) -> None:
+        self.store.set(str(dist.get_rank()), f"{self.place} {beat}")
+
+    def _run(self) -> None:
+        beat, told = 0, {}  # rank -> seconds that were told last
+        places, beats = {}, {}  # rank -> (what it was when it last changed, when that was)
+        while not self.ended.wait(self.late_s / 5):
+            try:
+                self._write(beat := beat + 1)
+                keys = [str(r) for r in range(dist.get_world_size() if dist.get_rank() == 0 else 0)]
+                words = [tuple(map(int, word.split())) for word in self.store.multi_get(keys)] if keys else []
+            except RuntimeError:  # the store's process is gone, and torchrun is stopping all
+                return
+            now, first = time.monotonic(), max((place for place, _ in words), default=0)
+            for r, (place, count) in enumerate(words):
+                for seen, value in ((places, place), (beats, count)):
+                    if seen.get(r, (None,))[0] != value:
+                        seen[r] = value, now
+                silent, waited = now - beats[r][1] > self.late_s, now - places[r][1]
+                if waited < self.late_s or not (place < first or silent):
+                    told[r] = self.late_s / 2
+                elif waited > 2 * told[r]:  # again after twice the time
+                    told[r] = waited
+                    print(f"rank {r} is late: {self._name(place)} since {waited:.0f} s" +
+                          (", and its process gives no sign" if silent else f", others {self._name(first)}"),
+                          file=sys.stderr, flush=True)
+
+    def _name(self, place: int) -> str:
+        step, place = divmod(place, len(self.PLACES))
+        return f"{self.PLACES[place]} at step {step}"
+
+
 def data_parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str,
                   dtype: str = "float32") -> nn.Module:
     """The model with its gradients averaged over the ranks after backward.
@@ -132,8 +241,17 @@ def full(value: Tensor) -> Tensor:
 
 
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Whole model and optimizer state by parameter name on the CPU of rank 0, empty elsewhere; all ranks call it."""
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """A copy of the whole model and optimizer state by parameter name on the CPU of rank 0, empty elsewhere.
+
+    All ranks call it.
+    """
+    state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return tree_map_only(Tensor, copied, state) if next(model.parameters()).device.type == "cpu" else state
+
+
+def copied(value: Tensor) -> Tensor:
+    """What offloading to the CPU leaves out where a tensor is there already: the next step must not change it."""
+    return value.detach().clone()
 
 
 def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:

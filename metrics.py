@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from errors import UserError
-from files import write_text
+from files import lock, write_text
 
 
 class Metrics:
@@ -21,14 +21,17 @@ class Metrics:
 
     def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
         self.path = Path(out_dir) / "metrics.jsonl"
+        busy = f"a process is still training in {out_dir}"  # torchrun, killed, leaves its workers behind
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock(self.path, busy, wait=10).close()
+            write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
+            kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.file, self.failure = lock(self.path, busy), ""  # failure: why a line could not be written
         except OSError as error:
-            raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made") from None
-        write_text(self.path.with_name("config.json"), json.dumps({**config, **versions()}, indent=1))
-        kept = [line for line in read_lines(self.path) if line["step"] <= start_step] if start_step else []
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "ab", buffering=0)  # a line is there when log returns
+            raise UserError(f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made and written to, "
+                            "with room on its disk") from None
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":
@@ -52,6 +55,9 @@ class Metrics:
         elif record["kind"] == "skip":
             self.bar.write(f"step {step:>6}: skipped, {record['reason']} not finite; {len(record['samples'])} samples "
                            "named in metrics.jsonl")
+        elif record["kind"] == "spike":
+            self.bar.write(f"step {step:>6}: gradient norm {record['grad_norm']:.3g}, above {record['limit']:.3g}" +
+                           (", skipped" if record["skipped"] else ""))
         elif record["kind"] == "eval":
             self.bar.write(f"step {step:>6}: validation {record['mean_loss']:.4f} nats, worst {record['worst_domain']} "
                            f"{record['domains'][record['worst_domain']]['loss']:.4f}")
@@ -59,21 +65,27 @@ class Metrics:
             self.wandb.log({record["kind"]: {k: v for k, v in record.items() if k != "kind"}}, step=step)
 
     def append(self, line: str) -> None:
-        """The whole line or nothing of it; UserError where there is no room."""
-        before, rest = os.fstat(self.file.fileno()).st_size, line.encode()
+        """The whole line or nothing of it; why it could not be written is in `failure`."""
+        file, rest = self.file.fileno(), line.encode()
+        before = os.fstat(file).st_size
         try:
             while rest:
-                rest = rest[self.file.write(rest):]
+                rest = rest[os.write(file, rest):]
         except OSError as error:
             os.truncate(self.path, before)
-            raise UserError(f"{self.path}: {error.strerror}; what was logged and saved before is kept: make room and "
-                            "run the same command again to go on") from None
+            self.failure = no_room(self.path, error)
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def no_room(path: Path, error: OSError) -> str:
+    """What to say of a file that a run cannot add to."""
+    return (f"{path} cannot be written ({error.strerror}); the checkpoints are intact; make room and give the same "
+            "command again")
 
 
 @cache  # every checkpoint asks

@@ -35,8 +35,9 @@ from manifest import data_hash, read_manifest
 from metrics import Metrics, versions
 from model import GPT, SIZES
 from plan import describe
+from preemption import FAILED, Stop, command
 from reweight import NORMS, STRATEGIES, domain_means, sample_weights, track_domain_losses
-from telemetry import Telemetry
+from telemetry import Guard, Telemetry
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    max_skipped_steps: int = 20  # stop after so many in a row; a step is skipped if loss or gradient is not finite
+    on_nonfinite: Literal["skip", "stop"] = "skip"  # loss or gradient not finite: skip the step, or stop before it
+    skip_grad_norm: float = 0.0  # skip a step whose gradient norm is above so many of its running medians; 0: log it
     # evaluation, checkpoints, logs
     eval_interval: int = 500  # steps
     eval_windows: int = 256  # fixed validation windows per domain
     checkpoint_interval: int = 1_000  # steps
     keep_checkpoints: int = 2  # the newest ones; older ones are deleted
+    keep_every: int = 0  # steps; checkpoints of its multiples are never deleted; 0: none
     resume: Literal["auto", "never"] = "auto"  # continue the run in out_dir, or refuse a folder that holds one
+    allow_data_change: bool = False  # continue it although the data is not what it was
     log_interval: int = 10  # steps
     record_samples: int = 0  # every so many steps, loss and weight of each sample to samples.bin; 0: never
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is written in any case
@@ -89,11 +93,12 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks: a whole model on each, or 1/ranks of it
     loss_chunk: int = -1  # logits' rows that exist at a time; 0: all; -1: 2,048 where all would not fit in memory
     recompute: Literal["none", "selective", "full"] = "none"  # in backward, of a block: all but matrix products, or all
+    timeout_s: float = 600.0  # seconds that a rank waits for the others before all end; after a 20th it is told
     dry_run: bool = False  # print the plan and exit
 
     def __post_init__(self):
         positive = ("block_size", "r", "delta", "global_batch_size", "max_steps", "learning_rate", "eval_interval",
-                    "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps")
+                    "eval_windows", "checkpoint_interval", "keep_checkpoints", "log_interval", "timeout_s")
         for field in fields(self):
             value, lowest = getattr(self, field.name), -1 if field.name == "loss_chunk" else 0
             if isinstance(value, int | float) and not (value > 0 if field.name in positive else value >= lowest):
@@ -108,14 +113,17 @@ class TrainConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
         if 0 < self.max_weight < 1:
             raise UserError(f"--max_weight {self.max_weight}: must be at least 1 (the weights' mean), or 0 for no cap")
+        if 0 < self.skip_grad_norm <= 1:
+            raise UserError(f"--skip_grad_norm {self.skip_grad_norm}: must be above 1 (the median), or 0 to skip none")
         if bool(self.r_start) != bool(self.r_steps):
             raise UserError(f"--r_start {self.r_start} --r_steps {self.r_steps}: give both, or none for a constant r")
 
 
 # A resumed run may change these; everything else is part of what is being measured.
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "eval_interval", "eval_windows", "resume",
-              "checkpoint_interval", "keep_checkpoints", "log_interval", "wandb", "device", "compile", "dry_run",
-              "max_skipped_steps", "record_samples", "parallel", "loss_chunk", "recompute"}
+              "checkpoint_interval", "keep_checkpoints", "keep_every", "log_interval", "wandb", "device", "compile",
+              "dry_run", "on_nonfinite", "record_samples", "parallel", "loss_chunk", "recompute", "allow_data_change",
+              "timeout_s"}
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -178,12 +186,13 @@ def make_trainable(raw: GPT, config: TrainConfig, device: torch.device) -> tuple
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int,
-               config: TrainConfig, expected: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+               config: TrainConfig, expected: Tensor | None = None, limit: Tensor | float = math.inf
+               ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step on this rank's n = G / W sequences x, y (n, T); nothing waits for the device.
 
     expected: (n,) losses that the samples' own are compared with before they are weighted. -> (n,) sample losses in
-    nats, (n,) weights (over all ranks they sum to 1), gradient norm before clipping. If that is not finite, the step
-    was skipped: parameters and moments are as before, on all ranks.
+    nats, (n,) weights (over all ranks they sum to 1), gradient norm before clipping. If that is not finite or above
+    `limit`, the step was skipped (optimizer.found_inf is 1): parameters and moments are as before, on all ranks.
     """
     n, B, (rank, _, W) = len(x), config.micro_batch_size, distributed.ranks()
     starts = range(0, n, B)  # of the A = n / B micro-batches
@@ -221,7 +230,8 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tens
         used.append(torch.stack([losses.detach(), w]))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     grad_norm = distributed.full(grad_norm)
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # read on the device: 1 makes the fused step change nothing
+    # Read on the device: 1 makes the fused step change nothing.
+    optimizer.found_inf = (~(grad_norm.isfinite() & (grad_norm <= limit))).float()
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
     optimizer.step()
@@ -242,11 +252,12 @@ def batches(split: data.Split, sampler: data.DomainSampler, config: TrainConfig,
     return data.prefetch(read, range(first_step, config.max_steps))
 
 
-def identity(config: TrainConfig, data_hash: str, W: int) -> dict:
+def identity(config: TrainConfig, manifest: dict, W: int) -> dict:
     """What must be the same for a run to go on: data, settings, and with scope "micro" who is weighted with whom."""
     settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     together = config.micro_batch_size * W if config.reweight_scope == "micro" else 0
-    return {**settings, "data": data_hash, "samples weighted together": together}
+    return {**settings, "tokenizer": manifest["tokenizer"]["sha256"][:16], "data": data_hash(manifest),
+            "samples weighted together": together}
 
 
 def main() -> None:
@@ -259,8 +270,10 @@ def main() -> None:
     sampler = data.DomainSampler(data.mixture_weights(config.mixture, train), train.n_windows,
                                  config.global_batch_size, config.seed)
     val_windows = validation_windows(val, config.eval_windows)
-    out_dir, this = Path(config.out_dir), identity(config, data_hash(manifest), W)
-    resumed, start = checkpoint.find_resumable(out_dir, this, config.resume, config.max_steps)
+    out_dir, this = Path(config.out_dir), identity(config, manifest, W)
+    resumed, state = checkpoint.find_resumable(out_dir, this, config.resume, config.max_steps,
+                                               accept=["data"] if config.allow_data_change else [])
+    start, evaluated_before = state.get("step", 0), state.get("evaluated", bool(resumed))
     # A multiple of 64 makes the head's matrix product fast; the padding rows are never a target.
     gpt = replace(SIZES.get(config.model, SIZES["124m"]), block_size=config.block_size, dropout=config.dropout,
                   vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 64) * 64)
@@ -270,12 +283,13 @@ def main() -> None:
     print0(describe(config, gpt, sampler, train, W))
     if config.dry_run:
         return
-    if start == config.max_steps:
+    if start == config.max_steps and evaluated_before:
         print0(f"{out_dir} is finished: step {start:,} of {config.max_steps:,}; nothing to do")
         return
 
-    device = distributed.setup(config.device)
+    device = distributed.setup(config.device, config.timeout_s)
     distributed.describe_network(device)
+    stop, watchdog = Stop(config.timeout_s), distributed.Watchdog(start, config.timeout_s)
     starts = distributed.gather(torch.tensor([start], device=device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the ranks found checkpoints of different steps ({sorted(set(starts))}); --out_dir {out_dir} "
@@ -285,79 +299,109 @@ def main() -> None:
     raw = (pretrained.load_source(config.init_from, gpt) if config.init_from and not resumed else GPT(gpt)).to(device)
     model, optimizer = make_trainable(raw, config, device)
     tracked = torch.zeros(2, len(train.domains), device=device)  # for reweight_norm = "domain"
+    guard = Guard(device, config.skip_grad_norm, config.on_nonfinite)
     if resumed:
         distributed.set_state(raw, optimizer, checkpoint.read_tensors(resumed, gpt))
-        tracked.copy_(torch.tensor(checkpoint.read_json(resumed / "state.json")["domain_losses"]))
+        tracked.copy_(torch.tensor(state["domain_losses"]))
+        guard.norms.copy_(torch.tensor(state["grad_norms"]))
         print0(f"resumed from {resumed}")
-    telemetry, metrics = Telemetry(train, out_dir, start, config.record_samples), None
+    telemetry = Telemetry(train, out_dir, start, config.record_samples, config.on_nonfinite)
+    metrics = writer = None
     if rank == 0:
         metrics = Metrics(out_dir, {**asdict(config), "world_size": W, "identity": this}, start, config.max_steps)
+        writer = checkpoint.Writer(out_dir, config.keep_checkpoints, config.keep_every)
+        stop.parts = [writer, metrics, telemetry]
+    tokens, logged_step, logged_time = config.global_batch_size * config.block_size, start, time.perf_counter()
 
     def log(record: dict) -> None:
         if metrics:
             metrics.log(record)
 
-    def save(step: int) -> None:
+    def report(done: int) -> None:
+        """Log what the steps since the last report did."""
+        nonlocal logged_step, logged_time
+        statistics, odd = telemetry.flush()
+        for record in odd:
+            log(record)
+        now = time.perf_counter()
+        if statistics:
+            log({"kind": "train", "step": done, **statistics, "lr": lr_at(done - 1, config),
+                 "r": r_at(done - 1, config), "tokens": done * tokens,
+                 "tokens_per_s": (done - logged_step) * tokens / (now - logged_time)})
+        logged_step, logged_time = done, now
+
+    def save(step: int, evaluated: bool = True) -> None:
+        if writer:
+            writer.wait()
         tensors = distributed.get_state(raw, optimizer)
         if rank == 0:
-            checkpoint.save(out_dir, step, tensors, {
-                "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this,
+            stop.reason = stop.reason or train.changed() or val.changed()
+        if rank == 0 and not stop.reason:
+            writer.save(step, tensors, {
+                "gpt": asdict(gpt), "max_steps": config.max_steps, "identity": this, "evaluated": evaluated,
                 "data_dir": config.data_dir, "tokenizer_sha256": manifest["tokenizer"]["sha256"],
-                "domain_losses": tracked.tolist(), "versions": versions(),
-            }, config.keep_checkpoints)
+                "domain_losses": tracked.tolist(), "grad_norms": guard.norms.tolist(), "versions": versions(),
+            })
 
-    tokens, failure = config.global_batch_size * config.block_size, None
-    stream, logged_step, logged_time = batches(train, sampler, config, start), start, time.perf_counter()
+    stream = batches(train, sampler, config, start)
     for step in range(start, config.max_steps + 1):  # one round more than steps, so that the last one is evaluated too
         began, last = time.perf_counter(), step == config.max_steps
-        if (last or step % config.eval_interval == 0) and not (step == start > 0):
-            record = evaluate(raw, val, val_windows, config.micro_batch_size, config.dtype)
-            log({"kind": "eval", "step": step, **record})
-            if histograms := telemetry.histograms():
-                log({"kind": "histogram", "step": step, **histograms})
-        if (last or step % config.checkpoint_interval == 0 and not telemetry.skipped) and step > start:
-            save(step)
+        watchdog.at(step, 0)
+        halt = stop()
+        if halt and telemetry.pending:
+            report(step)
+        if len(telemetry.skipped) >= telemetry.may_skip:
+            before = telemetry.skipped[0] - 1
+            save(before)  # a skipped step changed nothing, so this is the state before the first of them
+            stop.reason = stop.reason or telemetry.why_stopped(out_dir)
+            break
+        evaluated = (step == start and evaluated_before) or not (last or step % config.eval_interval == 0)
+        if not evaluated and not halt:
+            record = evaluate(raw, val, val_windows, config.micro_batch_size, config.dtype, stop)
+            evaluated, halt = bool(record), stop.agreed
+            if evaluated:
+                log({"kind": "eval", "step": step, **record})
+                if histograms := telemetry.histograms():
+                    log({"kind": "histogram", "step": step, **histograms})
+        due = last or halt or step % config.checkpoint_interval == 0 and not telemetry.skipped
+        if due and halt != FAILED and (step > start or resumed and evaluated and not evaluated_before):
+            save(step, evaluated)
         logged_time += time.perf_counter() - began  # evaluation and saving are not training time
-        if last:
+        if last or halt:
             break
 
+        watchdog.at(step, 1)
         x, y, pairs = next(stream)
+        watchdog.at(step, 2)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (n, T)
         expected = None
         if config.reweight_norm == "domain":
             domain = torch.from_numpy(pairs[:, 0].copy()).to(device, non_blocking=True)  # (G,)
             expected = domain_means(tracked)[domain[rank * len(x):(rank + 1) * len(x)]]
-        losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config, expected)
+        limits, done = guard.limits(step), step + 1
+        losses, weights, grad_norm = train_step(model, optimizer, x, y, step, config, expected, limits[0])
+        taken = optimizer.found_inf == 0  # a skipped step changes nothing
+        guard.add(step, grad_norm, taken)
         if config.reweight_norm == "domain":
             after = track_domain_losses(tracked, distributed.gather(losses), domain)
-            tracked = torch.where(grad_norm.isfinite(), after, tracked)  # a skipped step changes nothing
-        done = step + 1
-        telemetry.add(done, pairs, losses, weights, grad_norm)
+            tracked = torch.where(taken, after, tracked)
+        telemetry.add(done, pairs, losses, weights, grad_norm, limits)
         if done % config.log_interval == 0 or done % config.checkpoint_interval == 0 or done == config.max_steps:
-            statistics, skips = telemetry.flush()
-            for record in skips:
-                log(record)
-            now = time.perf_counter()
-            if statistics:
-                log({"kind": "train", "step": done, **statistics, "lr": lr_at(step, config), "r": r_at(step, config),
-                     "tokens": done * tokens, "tokens_per_s": (done - logged_step) * tokens / (now - logged_time)})
-            logged_step, logged_time = done, now
-            if len(telemetry.skipped) >= config.max_skipped_steps:
-                before = telemetry.skipped[0] - 1
-                save(before)  # a skipped step changed nothing, so this is the state before the first of them
-                failure = (f"loss or gradient not finite in {len(telemetry.skipped)} steps in a row, from step "
-                           f"{before + 1} on (the lines of kind skip in {out_dir}/metrics.jsonl name the samples); the "
-                           f"state before is saved as step {before}; start a new --out_dir with a lower "
-                           "--learning_rate or a larger --warmup_steps")
-                break
+            report(done)
+    if writer:
+        writer.wait()
     if metrics:
         metrics.close()
+    watchdog.close()
     del model  # the wrapper of the gradients must go before the process group does
     distributed.cleanup()
-    if failure:
-        raise UserError(failure)
+    if stop.failure:
+        raise UserError(stop.failure)
+    if halt and not (last and evaluated):
+        print0(f"stopped by {stop.name} at step {step:,}; resume with: {command()}")
+        return
     print0(f"finished: {out_dir}; per-domain table: python eval/perplexity.py --run {out_dir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(distributed.reported(main))

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
@@ -86,8 +87,12 @@ def passes(split: data.Split, pairs: np.ndarray, stride: int | None) -> tuple[np
 
 @torch.no_grad()
 def window_losses(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str,
-                  stride: int | None = None, progress: bool = False) -> np.ndarray:
-    """(M,) float64 mean loss of each window in nats per token; the same on every rank."""
+                  stride: int | None = None, progress: bool = False, stop: Callable[[], int] = lambda: 0
+                  ) -> np.ndarray | None:
+    """(M,) float64 mean loss of each window in nats per token; the same on every rank.
+
+    None if `stop`, which is called after each batch and must say the same on all ranks, ends it early.
+    """
     rank, _, W = distributed.ranks()
     device, T = next(model.parameters()).device, split.block_size
     rows, first, window = passes(split, pairs, stride)
@@ -113,7 +118,11 @@ def window_losses(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, 
         scored = position >= begin
         nats.append(torch.stack([torch.where(scored & part, losses, 0.0).sum(1)
                                  for part in (position < border, position >= border)]))
+        if stop():
+            break
     model.train(training)
+    if len(nats) * batch_size < len(mine):
+        return None
     here, following = torch.cat(nats, dim=1).cpu().double()[:, torch.from_numpy(counted)]
     at = torch.from_numpy(window[mine[counted]])
     sums = torch.zeros(len(pairs) + 1, dtype=torch.float64)  # the last one's following window gets zeros only
@@ -121,9 +130,11 @@ def window_losses(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, 
     return distributed.reduce_sum(sums.to(device) if W > 1 else sums)[:-1].cpu().numpy() / T  # W > 1: not on mps
 
 
-def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str) -> dict:
-    """What metrics.jsonl records of an evaluation; the same on every rank."""
-    return summarize(split, pairs, window_losses(model, split, pairs, batch_size, dtype))
+def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str,
+             stop: Callable[[], int] = lambda: 0) -> dict:
+    """What metrics.jsonl records of an evaluation, the same on every rank; {} if `stop` ended it early."""
+    losses = window_losses(model, split, pairs, batch_size, dtype, stop=stop)
+    return {} if losses is None else summarize(split, pairs, losses)
 
 
 def summarize(split: data.Split, pairs: np.ndarray, losses: np.ndarray, stride: int | None = None) -> dict:

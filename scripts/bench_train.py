@@ -49,7 +49,7 @@ from metrics import versions
 from model import GPT, SIZES, GPTConfig
 from reweight import STRATEGIES
 from scripts.bench_loader import write_shards
-from telemetry import Telemetry
+from telemetry import Guard, Telemetry
 
 # Words of a GPU's name -> its dense bfloat16 peak in TFLOP/s from the vendor's datasheet; the first that fits counts.
 PEAKS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312,
@@ -98,7 +98,7 @@ class Clock:
         functions = {"forward": [(type(model), "__call__")], "backward": [(Tensor, "backward")],
                      "gather and weights": [(distributed, "gather"), (train, "sample_weights")],
                      "optimizer": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "step"), (optimizer, "zero_grad")],
-                     "telemetry": [(Telemetry, "add"), (Telemetry, "flush")]}
+                     "telemetry": [(Guard, "limits"), (Guard, "add"), (Telemetry, "add"), (Telemetry, "flush")]}
         with ExitStack() as stack:
             for name, places in functions.items():
                 for owner, attribute in places:
@@ -127,7 +127,8 @@ class Bench:
         sampler = data.DomainSampler(data.mixture_weights(config.mixture, split), split.n_windows,
                                      config.global_batch_size, config.seed)
         self.stream = train.batches(split, sampler, config, 0)
-        self.telemetry = Telemetry(split, tempfile.gettempdir(), 0, 0)
+        self.guard = Guard(device, config.skip_grad_norm, config.on_nonfinite)
+        self.telemetry = Telemetry(split, tempfile.gettempdir(), 0, 0, config.on_nonfinite)
 
     def block(self, strategy: str, clock: Clock | None = None) -> tuple[float, float]:
         """Wall and processor seconds of log_interval steps."""
@@ -138,9 +139,11 @@ class Bench:
             with clock.part("data") if clock else nullcontext():
                 x, y, pairs = next(self.stream)
                 x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
-            out = train.train_step(self.model, self.optimizer, x, y, self.step, config)
+            limits = self.guard.limits(self.step)
+            out = train.train_step(self.model, self.optimizer, x, y, self.step, config, limit=limits[0])
+            self.guard.add(self.step, out[2], self.optimizer.found_inf == 0)
             self.step += 1
-            self.telemetry.add(self.step, pairs, *out)
+            self.telemetry.add(self.step, pairs, *out, limits)
         self.telemetry.flush()
         self.telemetry.seen.clear()
         distributed.barrier(self.device)

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def run_here(args: list[str]) -> subprocess.CompletedProcess:
     """The script as __main__ in this process; an exception that is not an exit goes to the test."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd(), list(sys.path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     sys.argv = args
     os.chdir(ROOT)
     try:
@@ -46,6 +48,8 @@ def run_here(args: list[str]) -> subprocess.CompletedProcess:
         code = stop.code or 0
     finally:
         sys.argv, sys.path[:] = before[0], before[2]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.chdir(before[1])
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 

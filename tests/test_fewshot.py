@@ -303,7 +303,8 @@ def test_our_own_errors_keep_their_traceback(run_dir, monkeypatch):
 def test_damaged_runs_are_told_in_one_line(run_dir, monkeypatch):
     weights, state = (checkpoint.find_latest(run_dir) / name for name in ("model.pt", "state.json"))
     model = torch.load(weights)
-    torch.save({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, weights)
+    content = json.loads(state.read_text())
+    checkpoint.save(run_dir, 7, ({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, {}), content, 1)
     expect_error(score(run_dir, "--tasks", "where"), "task where", "diverged")
     expect_error(score(run_dir, "--tasks", "tell"), "task tell", "diverged")
     (run_dir / "eval" / "fewshot.json").write_text("{")

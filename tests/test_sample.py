@@ -137,8 +137,8 @@ def test_wrong_flags_are_told_in_one_line(run_dir, flags, words):
 def test_damaged_runs_are_told_in_one_line(run_dir):
     weights, state = (checkpoint.find_latest(run_dir) / name for name in ("model.pt", "state.json"))
     model = torch.load(weights)
-    torch.save({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, weights)
-    expect_error(sample(run_dir), "diverged")
     content = json.loads(state.read_text())
+    checkpoint.save(run_dir, 5, ({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, {}), content, 1)
+    expect_error(sample(run_dir), "diverged")
     state.write_text(json.dumps({**content, "tokenizer_sha256": "of another"}))
     expect_error(sample(run_dir), "tokenizer", "gpt2, bytes")

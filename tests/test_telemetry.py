@@ -19,9 +19,12 @@ def split(tmp_path):
     return data.Split(folder, read_manifest(folder), "train", 10)
 
 
+NO_LIMITS = torch.tensor([math.inf, math.inf])
+
+
 def add(collected, step, losses, weights, norm=1.0, domain=(0, 0, 1, 1)):
     pairs = np.stack([domain, np.arange(4) + step], axis=1)
-    collected.add(step, pairs, torch.tensor(losses), torch.tensor(weights), torch.tensor(norm))
+    collected.add(step, pairs, torch.tensor(losses), torch.tensor(weights), torch.tensor(norm), NO_LIMITS)
 
 
 def test_statistics_by_hand():

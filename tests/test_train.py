@@ -1,5 +1,6 @@
 """Runs of train.py from end to end: learning, resume, the run folder, evaluation of the result."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from conftest import command, expect_error, expect_ok, write_shards
 
 import checkpoint
 import data
+import telemetry
 import train
 from eval.perplexity import validation_windows
 from manifest import read_manifest
@@ -121,7 +123,8 @@ def test_a_step_with_a_nan_is_skipped_and_named(sample_data, tmp_path, monkeypat
 
 @pytest.mark.parametrize("strategy", ["uniform", "extremes"])
 def test_too_many_skipped_steps_stop_the_run_with_the_state_before(sample_data, tmp_path, monkeypatch, strategy):
-    flags = ("--eval_interval=100", f"--reweight={strategy}", "--max_skipped_steps=3")
+    monkeypatch.setattr(telemetry, "MAX_SKIPPED", 3)
+    flags = ("--eval_interval=100", f"--reweight={strategy}")
     with monkeypatch.context() as patch:
         poisoned(patch, lambda row, call: call > 6)
         done = run(sample_data, tmp_path / "run", "--max_steps=30", "--checkpoint_interval=4", *flags)
@@ -338,10 +341,12 @@ def test_damaged_checkpoints(unbroken, sample_data, tmp_path):
         (folder / "model.pt").write_bytes(damaged)
         expect_error(command("eval/perplexity.py", "--run", tmp_path / "run"), "model.pt is damaged", "remove")
     (folder / "model.pt").unlink()
-    expect_error(run(sample_data, tmp_path / "run", *TWELVE, "--max_steps=14"), "model.pt is missing")
+    assert "model.pt is missing; going on from" in expect_ok(run(sample_data, tmp_path / "run", *TWELVE))
+    assert checkpoint.steps(tmp_path / "run") == [8, 12]
     for text in ("", "{", "[]", "{}"):
         (folder / "state.json").write_text(text)
-        expect_error(run(sample_data, tmp_path / "run", *TWELVE), "state.json")
+        done = run(sample_data, tmp_path / "run", *TWELVE, "--dry_run")
+        assert "state.json" in done.stdout and "going on from" in expect_ok(done)
 
 
 def test_checkpoint_of_another_model(unbroken):
@@ -357,6 +362,9 @@ def test_checkpoints_run_no_code(unbroken, tmp_path):
         def __reduce__(self):
             return (write, (tmp_path / "owned", ""))
     torch.save({"wte.weight": Evil()}, tmp_path / "c" / "model.pt")
+    state = json.loads((tmp_path / "c" / "state.json").read_text())
+    state["sha256"]["model.pt"] = hashlib.sha256((tmp_path / "c" / "model.pt").read_bytes()).hexdigest()
+    (tmp_path / "c" / "state.json").write_text(json.dumps(state))
     with pytest.raises(checkpoint.UserError, match="more than tensors"):
         checkpoint.load_model(tmp_path / "c")
     assert not (tmp_path / "owned").exists()
