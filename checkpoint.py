@@ -36,8 +36,7 @@ class Writer:
 
     def __init__(self, out_dir: Path, keep: int, every: int):
         self.out_dir, self.keep, self.every, self.thread, self.failure = Path(out_dir), keep, every, None, ""
-        for left in (self.out_dir / "checkpoints").glob("*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(left)
+        tidy(out_dir)
 
     def save(self, step: int, tensors: tuple[dict, dict], state: dict) -> None:
         """Begin to write the checkpoint of `step`, after the one before is done.
@@ -85,9 +84,20 @@ def save(out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep
         discard(folder)
     os.replace(temporary, folder)
     sync(folder.parent)
+    prune(out_dir, step, keep, every)
+    return folder
+
+
+def tidy(out_dir: Path) -> None:
+    """Remove what a process left that was killed while it wrote or deleted."""
+    for left in (Path(out_dir) / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(left)
+
+
+def prune(out_dir: Path, step: int, keep: int, every: int) -> None:
+    """Delete the checkpoints that are not to be kept after that of `step`."""
     for old in outdated(steps(out_dir), step, keep, every):
         discard(checkpoint_folder(out_dir, old))
-    return folder
 
 
 def write_tensors(path: Path, tensors: dict) -> str:

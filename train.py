@@ -284,6 +284,9 @@ def main() -> None:
     if config.dry_run:
         return
     if start == config.max_steps and evaluated_before:
+        if rank == 0:  # a kill may have come between the last checkpoint and the deletion of older ones
+            checkpoint.tidy(out_dir)
+            checkpoint.prune(out_dir, start, config.keep_checkpoints, config.keep_every)
         print0(f"{out_dir} is finished: step {start:,} of {config.max_steps:,}; nothing to do")
         return
 

@@ -402,6 +402,16 @@ def test_a_failed_write_is_told_and_nothing_is_written_after_it(tmp_path, monkey
     assert checkpoint.steps(tmp_path) == [1] and len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
+def test_a_kill_after_the_last_checkpoint_leaves_nothing_for_good(start, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for name in ("step_00000021.old.tmp", "step_00000022"):  # being deleted, and not yet
+        shutil.copytree(checkpoint.checkpoint_folder(out, STEPS), out / "checkpoints" / name)
+    run = start(out)
+    assert run.wait() == [0, 0] and "is finished" in run.output()
+    assert_same_end(out, unbroken)
+
+
 def test_two_runs_in_one_folder(start, tmp_path):
     first = start(tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=100000", ranks=1)
     first.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run", "train"))
