@@ -11,7 +11,7 @@ import train
 from data import DOMAINS
 from model import GPT, GPTConfig
 from reweight import NORMS, STRATEGIES
-from telemetry import Telemetry
+from telemetry import WINDOW, Guard, Telemetry
 
 G, T = 8, 16
 PAIRS = np.stack([np.arange(G) % len(DOMAINS), np.arange(G)], axis=1)
@@ -36,9 +36,12 @@ def one_step(tmp_path, **settings) -> Telemetry:
     x, domain, tracked = torch.zeros(G, T, dtype=torch.long), torch.zeros(G, dtype=torch.long), torch.zeros(2, 7)
     expected = train.domain_means(tracked)[domain]
     telemetry = Telemetry(SimpleNamespace(domains=DOMAINS, kinds=()), tmp_path, 0, 0)
-    losses, weights, norm = train.train_step(model, train.make_optimizer(model, config), x, x, 0, config, expected)
+    guard, optimizer = Guard(torch.device("cpu"), 5.0, "stop"), train.make_optimizer(model, config)
+    limits = guard.limits(WINDOW)
+    losses, weights, norm = train.train_step(model, optimizer, x, x, WINDOW, config, expected, limits[0])
+    guard.add(WINDOW, norm, optimizer.found_inf == 0)
     train.track_domain_losses(tracked, losses, domain)
-    telemetry.add(1, PAIRS, losses, weights, norm)
+    telemetry.add(WINDOW + 1, PAIRS, losses, weights, norm, limits)
     return telemetry
 
 
