@@ -17,7 +17,8 @@ from model import SIZES
 # Keys of config.json that say where and how a run was made, not what it measures.
 NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "identity", "resume", "dry_run", "wandb",
                 "log_interval", "eval_interval", "eval_windows", "checkpoint_interval", "keep_checkpoints", "device",
-                "record_samples", "max_skipped_steps", "compile", "parallel", "micro_batch_size", "world_size"}
+                "record_samples", "compile", "parallel", "micro_batch_size", "world_size", "keep_every", "on_nonfinite",
+                "allow_data_change", "timeout_s", "loss_chunk", "recompute"}
 NOT_OF_UNIFORM = {"r", "r_start", "r_steps", "r_schedule", "delta", "reweight_norm", "max_weight", "reweight_scope",
                   "reweight_warmup_steps"}  # without effect there
 
