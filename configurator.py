@@ -33,6 +33,9 @@ class Parser(argparse.ArgumentParser):
             what = "flag" if unknown[0].startswith("-") else "argument"
             hint = nearest(unknown[0].split("=")[0], known)
             raise UserError(f"unknown {what} {unknown[0]!r}{hint} (--help lists all)")
+        for action in self._actions:  # argparse drops the value "--" of a flag
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"{action.option_strings[0]}: '--' is not a value")
         return found
 
     def error(self, message):

@@ -329,6 +329,8 @@ def main() -> None:
             raise UserError(f"--what {name!r}: unknown{nearest(name, WHAT)} (known: {', '.join(WHAT)})")
     if args.out and args.format:
         raise UserError("--format says what is printed, and --out FOLDER writes all three formats; give one of them")
+    if args.out == Path():
+        raise UserError("--out: give a folder of its own, such as results/mine")
     tables = sections(args.runs, *read_runs(args.runs), what)
     if not args.out:
         print(render(tables, args.format or "markdown"))

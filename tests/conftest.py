@@ -67,7 +67,8 @@ def expect_ok(done: subprocess.CompletedProcess) -> str:
 
 def expect_error(done: subprocess.CompletedProcess, *words: str) -> None:
     """Exit code 2, one line on standard error that has these words, no traceback."""
-    lines = [line for line in re.split("[\r\n]", done.stderr) if line.strip() and not re.search(r"\d+/\d+ \[", line)]
+    lines = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr)
+             if line.strip() and not re.search(r"\d+/\d+ \[", line)]
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert lines[-1].startswith("error: "), done.stderr
