@@ -48,6 +48,8 @@ class Metrics:
 
     def log(self, record: dict) -> None:
         self.append(json.dumps(record) + "\n")
+        if self.failure:  # standard error may be on the same disk
+            return
         step = record["step"]
         self.bar.update(step - self.bar.n)
         if record["kind"] == "train":

@@ -25,7 +25,7 @@ if [ -n "${SMOKE:-}" ]; then
   STEPS=${STEPS:-120}
   [[ $STEPS =~ ^[0-9]+$ && $STEPS -ge 12 ]] || { echo "error: STEPS=$STEPS: must be a number of 12 or more" >&2; exit 2; }
   SMOKE_FLAGS=(--max_steps "$STEPS" --warmup_steps $((STEPS / 12)) --reweight_warmup_steps $((STEPS / 6))
-    --eval_interval $((STEPS / 6)) --checkpoint_interval $((STEPS / 2)))
+    --eval_interval $((STEPS / 4)) --checkpoint_interval $((STEPS / 2)))
   FEWSHOT=(--include_path tests/tasks --num_fewshot 0)
 fi
 DATA=${DATA:-data/slimpajama}

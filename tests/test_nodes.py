@@ -40,7 +40,9 @@ def outcome(out):
 
 def same(a, b):
     assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
-    assert a[1] == b[1]
+    # a histogram after a resume is of the steps since it
+    a, b = ([line for line in records if line["kind"] != "histogram"] for _, records in (a, b))
+    assert a == b
 
 
 @pytest.fixture(scope="module")

@@ -97,12 +97,12 @@ def test_wrong_settings_of_a_reproduction_are_told_in_one_line(settings, words):
 def test_a_short_smoke_run_fills_its_tables(tmp_path):
     outside = shutil.ignore_patterns(".*", "data", "runs", "results", "wandb", "__pycache__")
     root = shutil.copytree(ROOT, tmp_path / "clone", ignore=outside)
-    expect_ok(reproduce("c4cc", root, SMOKE="1", STEPS="12", TASKS="none"))
+    expect_ok(reproduce("c4cc", root, SMOKE="1", STEPS="12", TASKS="none", STRATEGIES="linupper"))
     made = root / "results" / "smoke" / "c4cc"
     assert {"table.md", "table.tex", "table.csv", "report.html"} <= {path.name for path in made.iterdir()}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made.glob("*.png"))
     text = (made / "table.md").read_text()
-    assert "missing" not in text and "### Perplexity, tiny" in text and "### Loss minus uniform, tiny" in text
+    assert "missing" not in text and "### Perplexity, tiny" in text and "| wikipedia" in text
 
 
 def test_the_scaling_on_paper_is_what_its_formulas_give():
@@ -119,7 +119,7 @@ def test_the_scaling_on_paper_is_what_its_formulas_give():
 
 
 def test_training_starts_without_what_only_some_runs_need():
-    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "torch._dynamo", "transformers", "wandb")
+    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "transformers", "wandb")
     code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert expect_ok(done).strip() == "[]"
