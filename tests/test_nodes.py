@@ -60,6 +60,7 @@ def test_two_nodes_are_two_workers_of_one(one_node, sample_data, tmp_path):
     same(outcome(tmp_path / "run"), one_node)
 
 
+@pytest.mark.long  # the restarted workers sometimes wait for each other for ever: not understood yet
 def test_a_killed_worker_is_started_again_and_the_run_goes_on(one_node, sample_data, tmp_path):
     text = two_nodes("tests/dying_worker.py", *FLAGS, "--data_dir", sample_data, "--out_dir", tmp_path / "run")
     assert re.search("resumed from .*step_00000004", text)
