@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distributed
 import train
+from errors import run
 
 train_step = train.train_step
 
@@ -23,4 +25,4 @@ def fatal_step(model, optimizer, x, y, step, *rest):
 
 if __name__ == "__main__":
     train.train_step = fatal_step
-    train.main()
+    run(distributed.reported(train.main))
