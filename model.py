@@ -217,11 +217,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tens
     chunk: rows of logits that exist at a time, forward and backward, which makes them again; 0: all N, kept.
     """
     if 0 < chunk < len(x):
-        return chunked_losses(x, weight, targets, chunk)
+        # Compiled, the gradients of all chunks would exist at a time, to be added up in one kernel. Not a decorator:
+        # that would import the compiler with this file.
+        return torch.compiler.disable(chunked_losses)(x, weight, targets, chunk)
     return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
 
 
-@torch.compiler.disable  # compiled, the gradients of all chunks would exist at a time, to be added up in one kernel
 def chunked_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """token_losses of chunk after chunk."""
     def losses(x: Tensor, targets: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def test_the_scaling_on_paper_is_what_its_formulas_give():
 
 
 def test_training_starts_without_what_only_some_runs_need():
-    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "transformers", "wandb")
+    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "torch._dynamo", "transformers", "wandb")
     code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert expect_ok(done).strip() == "[]"
