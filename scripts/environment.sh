@@ -10,7 +10,7 @@ if [ ! -f "${1:-}" ]; then
   echo "error: ${1:-no file of requirements given}: expected requirements.txt or one like it" >&2
   exit 2
 fi
-there='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("torch", "tiktoken", "tyro"))))'
+there='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("torch", "tiktoken", "datasets"))))'
 if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] && [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] && python -c "$there"; then
   return
 fi
