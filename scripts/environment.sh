@@ -1,5 +1,5 @@
 # Sourced by the other scripts: the virtual environment .venv with the packages of $1, made at first use. An active
-# environment (venv, conda) that has the main ones is used as it is. PYTHON names the interpreter of .venv (default
+# environment (venv, conda) that has them is used as it is. PYTHON names the interpreter of .venv (default
 # python3; 3.10 or later).
 PYTHON=${PYTHON:-python3}
 if [ "$("$PYTHON" -c 'import sys; print(sys.version_info >= (3, 10))' 2>/dev/null || true)" != True ]; then
@@ -10,8 +10,16 @@ if [ ! -f "${1:-}" ]; then
   echo "error: ${1:-no file of requirements given}: expected requirements.txt or one like it" >&2
   exit 2
 fi
-there='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("torch", "tiktoken", "datasets"))))'
-if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] && [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] && python -c "$there"; then
+has_all='
+import re, sys
+from importlib.metadata import version
+def check(path):
+    for line in open(path):
+        if line.startswith("-r "): check(line[3:].strip())
+        elif name := re.match(r"[\w.-]+", line): version(name[0])
+check(sys.argv[1])'
+if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] && [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] &&
+  python -c "$has_all" "$1" 2> /dev/null; then
   return
 fi
 if [ ! -e .venv/bin/activate ]; then
