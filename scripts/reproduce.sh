@@ -1,4 +1,4 @@
-# Sourced by reproduce_*.sh, which name their runs, `add SIZE STRATEGY SEED [flags of train.py]`, and end with `finish`.
+# Sourced by reproduce_*.sh, which name their runs, `add "SIZES" "STRATEGIES" [flags of train.py]`, and end with `finish`.
 # Settings, all from the environment; what a script runs by default stands in its header:
 #   SIZES="124m 210m"  SEEDS="42 43"  STRATEGIES="uniform linupper"     fewer or other runs
 #   DATA=data/slimpajama    data folder       GPUS=4    processes of each run (default: all GPUs here, or 1)
@@ -36,8 +36,17 @@ do_() {
   if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@" && echo; else "$@"; fi
 }
 
-# Note a run; all are known and checked before the first one starts.
+# Note the runs of all sizes, strategies and seeds; all are known and checked before the first one starts.
 add() {
+  local sizes=$1 strategies=$2 size strategy seed; shift 2
+  for size in $sizes; do
+    for strategy in $strategies; do
+      for seed in $SEEDS; do add_one "$size" "$strategy" "$seed" "$@"; done
+    done
+  done
+}
+
+add_one() {
   local size=$1 strategy=$2 seed=$3 config=config/gpt2_$1_$2.py; shift 3
   [ -n "${SMOKE:-}" ] && config=config/gpt2_124m_$strategy.py
   if [ ! -e "$config" ]; then

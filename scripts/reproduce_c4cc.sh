@@ -5,11 +5,5 @@
 # Tokens: 328M a run at 124m, 492M at 210m and 684m; 2.6 billion in all. Time: 17 A100 hours (estimate, as in config/).
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-42} LABEL=_c4cc
-for size in ${SIZES:-124m 210m 684m}; do
-  for strategy in ${STRATEGIES:-uniform linupper}; do
-    for seed in $SEEDS; do
-      add "$size" "$strategy" "$seed" --mixture c4cc
-    done
-  done
-done
+add "${SIZES:-124m 210m 684m}" "${STRATEGIES:-uniform linupper}" --mixture c4cc
 finish

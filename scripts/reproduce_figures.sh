@@ -5,13 +5,7 @@
 # Tokens: 328M a run, 1.3 billion in all. Time: 3 A100 hours (estimate, as in config/) and a minute.
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-42}
-for size in ${SIZES:-124m}; do
-  for strategy in ${STRATEGIES:-uniform linupper quadratic extremes}; do
-    for seed in $SEEDS; do
-      add "$size" "$strategy" "$seed"
-    done
-  done
-done
+add "${SIZES:-124m}" "${STRATEGIES:-uniform linupper quadratic extremes}"
 finish
 [ -n "${SLURM:-}" ] || do_ python scripts/reproduce_linear_regression.py --to "$RESULTS/linear_regression" \
   ${SMOKE:+--seeds 2}

@@ -6,13 +6,6 @@
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-42}
 for mixture in ${MIXTURES:-doge doremi}; do
-  LABEL=_$mixture
-  for size in ${SIZES:-124m 210m 684m}; do
-    for strategy in ${STRATEGIES:-uniform linupper}; do
-      for seed in $SEEDS; do
-        add "$size" "$strategy" "$seed" --mixture "$mixture"
-      done
-    done
-  done
+  LABEL=_$mixture add "${SIZES:-124m 210m 684m}" "${STRATEGIES:-uniform linupper}" --mixture "$mixture"
 done
 finish

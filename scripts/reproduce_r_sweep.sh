@@ -5,14 +5,8 @@
 # Tokens: 328M a run, 2.3 billion in all. Time: 5 A100 hours (estimate, as in config/).
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-42}
-for size in ${SIZES:-124m}; do
-  for seed in $SEEDS; do
-    add "$size" uniform "$seed"
-    for strategy in ${STRATEGIES:-linupper}; do
-      for r in ${R:-$([ -n "${SMOKE:-}" ] && echo "0.4 4.0" || echo "0.1 0.2 0.4 0.8 1.6 3.2")}; do
-        LABEL=_r$r add "$size" "$strategy" "$seed" --r "$r"
-      done
-    done
-  done
+add "${SIZES:-124m}" uniform
+for r in ${R:-$([ -n "${SMOKE:-}" ] && echo "0.4 4.0" || echo "0.1 0.2 0.4 0.8 1.6 3.2")}; do
+  LABEL=_r$r add "${SIZES:-124m}" "${STRATEGIES:-linupper}" --r "$r"
 done
 finish

@@ -7,11 +7,5 @@
 # Time: 102 A100 hours of training (estimate, as in config/), the few-shot scores come on top.
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-$([ -n "${SMOKE:-}" ] && echo "42 43" || echo "42 43 44")}
-for size in ${SIZES:-124m 210m 684m}; do
-  for strategy in ${STRATEGIES:-uniform linupper quadratic extremes}; do
-    for seed in $SEEDS; do
-      add "$size" "$strategy" "$seed"
-    done
-  done
-done
+add "${SIZES:-124m 210m 684m}" "${STRATEGIES:-uniform linupper quadratic extremes}"
 finish
