@@ -513,7 +513,8 @@ def test_ctrl_c(places, tmp_path):
     for name in ("train_a", "train_b", "val"):
         (tmp_path / f"{name}.jsonl").write_text(row * 30)
     args = [arg.format(corpus=tmp_path, tmp=tmp_path) for arg in CORPUS]
-    command = process("prepare_slimpajama.py", *args, "--workers=2", start_new_session=True, stdout=subprocess.DEVNULL)
+    command = process("prepare_slimpajama.py", *args, "--workers=2", start_new_session=True, stdout=subprocess.DEVNULL,
+                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
     while not (tmp_path / "out" / "preparing" / "plan.json").exists():
         assert command.poll() is None
         time.sleep(0.05)
