@@ -511,9 +511,10 @@ def test_ctrl_c(places, tmp_path):
     """The terminal sends it to the command and its workers alike."""
     row = json.dumps({"text": "words " * 200_000, "meta": {"redpajama_set_name": "RedPajamaC4"}}) + "\n"
     for name in ("train_a", "train_b", "val"):
-        (tmp_path / f"{name}.jsonl").write_text(row * 30)
+        (tmp_path / f"{name}.jsonl").write_text(row * 60)
     args = [arg.format(corpus=tmp_path, tmp=tmp_path) for arg in CORPUS]
-    command = process("prepare_slimpajama.py", *args, "--workers=2", start_new_session=True, stdout=subprocess.DEVNULL,
+    command = process("prepare_slimpajama.py", *args, "--tokenizer=gpt2", "--workers=2", start_new_session=True,
+                      stdout=subprocess.DEVNULL,
                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
     while not (tmp_path / "out" / "preparing" / "plan.json").exists():
         assert command.poll() is None
