@@ -89,7 +89,7 @@ class TrainConfig:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on cuda
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on cuda
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"  # torch.compile; graphs: CUDA graphs too; auto: on cuda
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks: a whole model on each, or 1/ranks of it
     loss_chunk: int = -1  # logits' rows that exist at a time; 0: all; -1: 2,048 where all would not fit in memory
     recompute: Literal["none", "selective", "full"] = "none"  # in backward, of a block: all but matrix products, or all
@@ -134,6 +134,9 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
         device = next(name for name in ("cuda", "mps", "cpu") if there[name])
     if not there[device]:
         raise UserError(f"--device {device}: there is none here; use --device auto or cpu")
+    if config.compile == "graphs" and (device != "cuda" or config.parallel == "fsdp"):
+        raise UserError(f"--compile graphs --device {device} --parallel {config.parallel}: CUDA graphs need cuda and "
+                        "parameters that stay in place (ddp); use --compile on")
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and on_node > torch.cuda.device_count():
         raise UserError(f"{torch.cuda.device_count()} GPUs here, but torchrun started {on_node} processes; "
@@ -179,8 +182,11 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
 def make_trainable(raw: GPT, config: TrainConfig, device: torch.device) -> tuple[torch.nn.Module, torch.optim.AdamW]:
     """The model as the settings want it, compiled and data-parallel, and its optimizer; `raw` is changed in place."""
     raw.loss_chunk, raw.recompute = config.loss_chunk, config.recompute
-    if config.compile == "on":
-        raw.compile()
+    if config.compile != "off":
+        raw.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
+    if config.compile == "graphs":  # gradients of their own: a micro-step's would lie where the next one writes
+        for parameter in raw.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     model = distributed.data_parallel(raw, raw.h, device, config.parallel, config.dtype)
     return model, make_optimizer(raw, config)
 
@@ -235,7 +241,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tens
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=config.compile != "graphs")
     return *torch.cat(used, dim=1), grad_norm
 
 

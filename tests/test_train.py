@@ -215,6 +215,35 @@ def test_weight_decay_is_on_matrices_only():
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
+def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
+    """A replayed graph writes where the last one wrote; here that memory becomes NaN when a forward pass begins."""
+    from model import GPT, GPTConfig
+
+    def after_three_steps(compiled):
+        torch.manual_seed(0)
+        raw, written = GPT(GPTConfig(1, 2, 8, 8, 64)), []
+        monkeypatch.setattr(raw, "compile", lambda mode=None: None)
+        for parameter in raw.parameters():  # the storage alone: a reference to the tensor would make autograd copy it
+            parameter.register_hook(lambda gradient: written.append(gradient.untyped_storage()))
+
+        def forget(*args):
+            while written:
+                written.pop().fill_(255)
+        raw.register_forward_pre_hook(forget)
+        config = train.TrainConfig(global_batch_size=4, micro_batch_size=2, compile=compiled, reweight="linupper",
+                                   reweight_warmup_steps=0, warmup_steps=0, dtype="float32")
+        model, optimizer = train.make_trainable(raw, config, torch.device("cpu"))
+        for step in range(3):
+            x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
+            train.train_step(model, optimizer, x[:, :-1], x[:, 1:], step, config)
+        return torch.cat([p.detach().flatten() for p in raw.parameters()]), optimizer.found_inf
+
+    graphs, skipped = after_three_steps("graphs")
+    assert not skipped and after_three_steps("on")[1]  # what it is there for
+    monkeypatch.setattr(torch.UntypedStorage, "fill_", lambda *args: None)
+    torch.testing.assert_close(graphs, after_three_steps("off")[0], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("path", sorted(p.name for p in (train.Path(train.__file__).parent / "config").glob("*.py")))
 def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_path):
     expect_ok(command("train.py", f"config/{path}", "--data_dir", sample_data, "--out_dir", tmp_path, "--dry_run",
@@ -251,6 +280,7 @@ WRONG = {  # case -> flags, words of the error
     "learning rates swapped": (["--min_lr=1"], ["--min_lr 1.0", "--learning_rate"]),
     "window too long": (["--block_size=100000000"], ["--block_size"]),
     "no such device": (["--device=mps"], ["mps", "--device auto"]),
+    "CUDA graphs without CUDA": (["--compile=graphs"], ["--compile graphs", "use --compile on"]),
     "no such config": (["config/absent.py"], ["config/absent.py", "not found"]),
     "stray argument": (["linupper"], ["'linupper'"]),
 }
