@@ -256,8 +256,12 @@ def copied(value: Tensor) -> Tensor:
 
 def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:
     """Put what get_state gave on rank 0 into this rank's model and optimizer, whatever the number of ranks."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    optimizer.zero_grad()  # torch makes no room for the moments where there are gradients
     set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1],
                    options=StateDictOptions(full_state_dict=True))
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
 
 
 def gather(values: Tensor) -> Tensor:

@@ -67,6 +67,11 @@ def gpt2_encoding(pattern: str = PIECES) -> tiktoken.Encoding:
                              special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
 
 
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which JSON can hold and UTF-8 cannot, replaced as tiktoken's encode does it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def split_blanks(text: str) -> list[str]:
     """Parts with the ids of the whole: a million blanks before a word exceed the stack of tiktoken's regex engine.
 
@@ -84,8 +89,8 @@ def load(name: str) -> Tokenizer:
         def encode(text: str) -> np.ndarray:
             try:
                 ids = encoding.encode_to_numpy(text, disallowed_special=())
-            except UnicodeEncodeError:  # lone surrogates, which JSON can hold; tiktoken's encode replaces them so
-                return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            except UnicodeEncodeError:
+                return encode(replace_surrogates(text))
             except ValueError:
                 if len(parts := split_blanks(text)) == 1:
                     raise

@@ -23,6 +23,7 @@ import pyarrow.parquet
 import sample_corpus
 from errors import UserError, nearest
 from manifest import DOMAINS, SET_NAMES
+from tokenizer import replace_surrogates
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -316,8 +317,8 @@ def to_document(item: Any, split: str | None, schema: Schema, splits: dict[str, 
     if isinstance(text, str):
         try:
             utf8 = text.encode()
-        except UnicodeEncodeError:  # lone surrogates, which JSON can hold, are replaced as tiktoken does it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except UnicodeEncodeError:
+            text = replace_surrogates(text)
             utf8 = text.encode()
     else:
         utf8 = text

@@ -27,7 +27,6 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import distributed
@@ -102,7 +101,7 @@ def measure(case: tuple) -> dict:
     """Peak and growth of this process, in bytes, over making a model and two steps; on every rank.
 
     On a CPU the profiler misses what gloo's threads give back for FSDP, and a sum over several steps drifts upwards.
-    There it is what model and moments hold, and the median peak of three single steps above that.
+    There it is what the parameters and their two moments hold, and the median peak of three single steps above that.
     """
     def work():
         step, _ = stepper(*case)
@@ -114,9 +113,7 @@ def measure(case: tuple) -> dict:
     if device.type == "cpu" and case[-1].get("parallel") == "fsdp":
         step, optimizer = stepper(*case)
         step()
-        state = [t for moments in optimizer.state.values() for t in moments.values()]
-        held = sum(t.to_local().nbytes for t in (*optimizer.param_groups[0]["params"],
-                   *optimizer.param_groups[1]["params"], *state) if isinstance(t, DTensor))
+        held = sum(3 * p.to_local().nbytes for group in optimizer.param_groups for p in group["params"])
         peak = held + int(median(peak_bytes(step) for _ in range(3)))
     else:
         peak = peak_bytes(work)

@@ -12,6 +12,7 @@ from conftest import command, expect_error, expect_ok, write_shards
 
 import checkpoint
 import data
+import distributed
 import telemetry
 import train
 from eval.perplexity import validation_windows
@@ -219,7 +220,7 @@ def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
     """A replayed graph writes where the last one wrote; here that memory becomes NaN when a forward pass begins."""
     from model import GPT, GPTConfig
 
-    def after_three_steps(compiled):
+    def after(compiled, steps, state=None):
         torch.manual_seed(0)
         raw, written = GPT(GPTConfig(1, 2, 8, 8, 64)), []
         monkeypatch.setattr(raw, "compile", lambda mode=None: None)
@@ -233,15 +234,22 @@ def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
         config = train.TrainConfig(global_batch_size=4, micro_batch_size=2, compile=compiled, reweight="linupper",
                                    reweight_warmup_steps=0, warmup_steps=0, dtype="float32")
         model, optimizer = train.make_trainable(raw, config, torch.device("cpu"))
-        for step in range(3):
+        if state:
+            distributed.set_state(raw, optimizer, state)
+        for step in steps:
             x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
             train.train_step(model, optimizer, x[:, :-1], x[:, 1:], step, config)
-        return torch.cat([p.detach().flatten() for p in raw.parameters()]), optimizer.found_inf
+        return distributed.get_state(raw, optimizer), optimizer.found_inf
 
-    graphs, skipped = after_three_steps("graphs")
-    assert not skipped and after_three_steps("on")[1]  # what it is there for
+    def same(a, b, atol):  # parameters and moments
+        torch.testing.assert_close((a[0], a[1]["state"]), (b[0], b[1]["state"]), atol=atol, rtol=0)
+
+    graphs, skipped = after("graphs", range(3))
+    assert not skipped and after("on", range(3))[1]  # what it is there for
+    resumed, _ = after("graphs", range(2, 3), after("graphs", range(2))[0])
+    same(resumed, graphs, atol=0)
     monkeypatch.setattr(torch.UntypedStorage, "fill_", lambda *args: None)
-    torch.testing.assert_close(graphs, after_three_steps("off")[0], atol=1e-6, rtol=0)
+    same(graphs, after("off", range(3))[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (train.Path(train.__file__).parent / "config").glob("*.py")))
