@@ -1,9 +1,10 @@
 """From shards on disk to batches: which windows a step trains on, and their tokens.
 
-A shard is one domain's token stream, `DATA/<domain>/{train,val}_00000.npy` (uint16, one dimension). Its window i is
-tokens i*T to i*T+T inclusive: T inputs and T targets, so that each token is a target once; windows do not cross shards.
+A shard is one domain's token stream, `DATA/<domain>/{train,val}_00000.npy` (uint16, one
+dimension). Its window i is tokens i*T to i*T+T inclusive: T inputs and T targets, so that each
+token is a target once; windows do not cross shards.
 
-T tokens of a window, G windows of the global batch, D domains of the data folder.
+T tokens of a window, G windows of the global batch, n of them on this rank, D domains.
 """
 
 import os
@@ -13,113 +14,167 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
-from manifest import DOMAINS, in_order, kinds_path
+from cli import UserError
+from corpus.manifest import DOMAINS, in_order, kinds_path, read_manifest
+from runtime import distributed
 
-# name -> probability of each domain, any scale; a domain left out is not trained on. "natural": by training tokens.
+# name -> probability of each domain, on any scale; a domain left out is not trained on.
+# "natural": in proportion to the training tokens.
 MIXTURES: dict[str, dict[str, float] | None] = {
     "uniform": dict.fromkeys(DOMAINS, 1.0),
-    "doge": {"arxiv": 0.088, "book": 0.045, "cc": 0.269, "c4": 0.214, "github": 0.070, "stackexchange": 0.166,
-             "wikipedia": 0.148},
-    "doremi": {"arxiv": 0.04235, "book": 0.08201, "cc": 0.381, "c4": 0.1141, "github": 0.0654,
-               "stackexchange": 0.0847, "wikipedia": 0.2305},
+    "doge": {
+        "arxiv": 0.088,
+        "book": 0.045,
+        "cc": 0.269,
+        "c4": 0.214,
+        "github": 0.070,
+        "stackexchange": 0.166,
+        "wikipedia": 0.148,
+    },
+    "doremi": {
+        "arxiv": 0.04235,
+        "book": 0.08201,
+        "cc": 0.381,
+        "c4": 0.1141,
+        "github": 0.0654,
+        "stackexchange": 0.0847,
+        "wikipedia": 0.2305,
+    },
     "c4cc": {"cc": 0.5, "c4": 0.5},
     "natural": None,
 }
+RESTORE = "prepare the data again or restore the file"
 
 
 class Split:
-    """The windows of one split ("train" or "val") of a data folder; opened lazily, checked for size at once."""
+    """The windows of one split ("train" or "val") of a data folder; sizes are checked at once.
+
+    Shards are opened when a window of theirs is first read.
+    """
 
     def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
         self.block_size = block_size
-        shards = {d: splits[split] for d, splits in manifest["domains"].items() if splits.get(split)}
+        self.n_vocab = manifest["tokenizer"]["n_vocab"]
+        self.held_out = manifest["source"].get("holdout", [])  # domains with validation text only
+        shards = {
+            domain: splits[split]
+            for domain, splits in manifest["domains"].items()
+            if splits.get(split)
+        }
         self.domains = in_order(shards)
-        self.held_out = manifest["source"].get("holdout", [])  # domains that were prepared for validation only
+        self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
         self.tokens = {d: sum(s["tokens"] for s in shards[d]) for d in self.domains}
         self.bytes = {d: sum(s["bytes"] for s in shards[d]) for d in self.domains}
         self.sha256 = {d: [s["sha256"] for s in shards[d]] for d in self.domains}
-        self.paths = [[Path(data_dir) / s["file"] for s in shards[d]] for d in self.domains]
-        # ends[d][k]: number of windows in the first k + 1 shards of domain d
-        self.ends = [np.cumsum([max(s["tokens"] - 1, 0) // block_size for s in shards[d]]) for d in self.domains]
-        self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
-        self.header = lru_cache(maxsize=None)(read_header)
-        self.open = lru_cache(maxsize=64)(open_shard)  # of thousands of shards: systems allow 256 open files and more
-        self.n_vocab = manifest["tokenizer"]["n_vocab"]
-        self.infos = [shards[d] for d in self.domains]  # what the manifest says of each shard
-        self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
-        for paths, infos in zip(self.paths, self.infos, strict=True):
+
+        # Per domain: paths of its shards; ends[d][k] = number of windows in its first k + 1 shards.
+        self.paths, self.ends = [], []
+        self.as_opened = {}  # path -> state_of it
+        for infos in self.infos:
+            paths = [Path(data_dir) / info["file"] for info in infos]
             for path, info in zip(paths, infos, strict=True):
                 check_shard(path, info)
-        self.as_opened = {path: state_of(path) for paths in self.paths for path in paths}
+                self.as_opened[path] = state_of(path)
+            windows = [max(info["tokens"] - 1, 0) // block_size for info in infos]
+            self.paths.append(paths)
+            self.ends.append(np.cumsum(windows))
+        self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
+
+        self.header = lru_cache(maxsize=None)(read_header)
+        self.open = lru_cache(maxsize=64)(open_shard)  # systems allow 256 open files and more
+        self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
 
     def changed(self) -> str:
-        """What to say if a shard is no longer the file it was when the run began, or nothing."""
-        path = next((path for path, then in self.as_opened.items() if state_of(path) != then), None)
-        return (f"shard {path} was changed during the run; the checkpoints up to here are intact; restore the file and "
-                "give the same command again") if path else ""
+        """An error message if a shard is not the file it was when the run began; "" otherwise."""
+        for path, state in self.as_opened.items():
+            if state_of(path) != state:
+                return (
+                    f"shard {path} was changed during the run; the checkpoints up to here are "
+                    "intact; restore the file and give the same command again"
+                )
+        return ""
 
     def window(self, domain: int, index: int) -> np.ndarray:
         """(T + 1,) uint16: the tokens of window `index` of the domain."""
-        shard = int(np.searchsorted(self.ends[domain], index, side="right"))
-        start = (index - (self.ends[domain][shard - 1] if shard else 0)) * self.block_size
+        ends = self.ends[domain]
+        shard = int(np.searchsorted(ends, index, side="right"))
+        windows_before = ends[shard - 1] if shard else 0
+        start = (index - windows_before) * self.block_size
         path = self.paths[domain][shard]
-        # Not memory-mapped: a process's resident memory would grow with every page it has ever touched.
-        offset, file = self.header(path) + 2 * start, self.open(path)
-        tokens = np.frombuffer(os.pread(file.fileno(), 2 * (self.block_size + 1), offset), dtype="<u2")
+        # Read, not memory-mapped: resident memory would grow with every page ever touched.
+        size, offset = 2 * (self.block_size + 1), self.header(path) + 2 * start
+        tokens = np.frombuffer(os.pread(self.open(path).fileno(), size, offset), dtype="<u2")
         if len(tokens) <= self.block_size or tokens.max() >= self.n_vocab:
-            raise UserError(f"shard {path} was changed: tokens {start:,} to {start + self.block_size:,} must be there, "
-                            f"each below {self.n_vocab}; prepare the data again or restore the file")
+            raise UserError(
+                f"shard {path} was changed: expected tokens {start:,} to "
+                f"{start + self.block_size:,}, each below {self.n_vocab}; {RESTORE}"
+            )
         return tokens
-
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The labels (meta.kind) that documents of this split carry; empty for most data."""
-        return tuple(sorted({name for infos in self.infos for info in infos for name in info.get("kinds", []) if name}))
+        labels = set()
+        for infos in self.infos:
+            for info in infos:
+                labels.update(info.get("kinds", []))
+        return tuple(sorted(labels - {""}))
 
     def kind_of(self, pairs: np.ndarray) -> np.ndarray:
-        """(n, 2) domain and window -> (n,) index into self.kinds of the label of most of its targets; -1 for none."""
+        """(n, 2) domain and window -> (n,) index into self.kinds; -1 where the window has no label.
+
+        A window's label is that of most of its targets.
+        """
         return np.array([self.window_kinds(d)[w] for d, w in pairs.tolist()], dtype=np.int64)
 
     def _window_kinds(self, domain: int) -> np.ndarray:
-        """(n_windows,) what kind_of says of all windows of a domain."""
-        out = []
+        """(n_windows,) kind_of all windows of a domain."""
+        kinds = []
         for path, info in zip(self.paths[domain], self.infos[domain], strict=True):
-            first_targets = np.arange((info["tokens"] - 1) // self.block_size + 1) * self.block_size + 1
-            runs = np.load(kinds_path(path)) if "kinds" in info else np.array([[info["tokens"], 0]])  # (R, 2) end, kind
+            T, tokens = self.block_size, info["tokens"]
+            first_targets = np.arange((tokens - 1) // T + 1) * T + 1
             names = info.get("kinds", [""])
-            counts = []  # of each kind, per window: tokens of the kind up to a position grow linearly within a run
-            for kind in range(len(names)):
-                total = np.cumsum(np.diff(runs[:, 0], prepend=0) * (runs[:, 1] == kind))
-                counts.append(np.diff(np.interp(first_targets, np.append(0, runs[:, 0]), np.append(0, total))))
-            here = np.array([self.kinds.index(name) if name else -1 for name in names])
-            out.append(here[np.argmax(counts, axis=0)])
-        return np.concatenate(out)
+            runs = np.array([[tokens, 0]])  # (R, 2) end and label of each stretch of one label
+            if "kinds" in info:
+                runs = np.load(kinds_path(path))
+            ends = np.append(0, runs[:, 0])
+            counts = []  # of each label's targets, per window
+            for label in range(len(names)):
+                lengths = np.diff(ends) * (runs[:, 1] == label)
+                tokens_up_to = np.append(0, np.cumsum(lengths))  # grows linearly within a stretch
+                counts.append(np.diff(np.interp(first_targets, ends, tokens_up_to)))
+            index_of = np.array([self.kinds.index(name) if name else -1 for name in names])
+            kinds.append(index_of[np.argmax(counts, axis=0)])
+        return np.concatenate(kinds)
 
 
 def check_shard(path: Path, info: dict) -> None:
+    """UserError where a shard's file is missing or of another size than the manifest says."""
     if not path.is_file():
-        raise UserError(f"shard {path} is missing; prepare the data again or restore the file")
-    if path.stat().st_size != info["file_bytes"]:
-        raise UserError(f"shard {path} has {path.stat().st_size:,} bytes, the manifest says {info['file_bytes']:,}: "
-                        "it was cut short or changed; prepare the data again or restore the file")
+        raise UserError(f"shard {path} is missing; {RESTORE}")
+    size = path.stat().st_size
+    if size != info["file_bytes"]:
+        raise UserError(
+            f"shard {path} has {size:,} bytes, the manifest says {info['file_bytes']:,}: "
+            f"it was cut short or changed; {RESTORE}"
+        )
     if "kinds" in info and not kinds_path(path).is_file():
-        raise UserError(f"{kinds_path(path)} is missing; prepare the data again or restore the file")
+        raise UserError(f"{kinds_path(path)} is missing; {RESTORE}")
 
 
 def state_of(path: Path) -> tuple[int, int] | None:
-    """Size and time of the last change of a file; None if it cannot be asked for."""
+    """Size and time of the last change of a file; None if stat fails."""
     try:
-        return path.stat().st_size, path.stat().st_mtime_ns
+        stat = path.stat()
     except OSError:
         return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def open_shard(path: Path) -> BinaryIO:
@@ -127,98 +182,123 @@ def open_shard(path: Path) -> BinaryIO:
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
-        raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
+        raise UserError(f"shard {path} cannot be read ({error}); {RESTORE}") from None
 
 
 def read_header(path: Path) -> int:
-    """The bytes before a shard's first token; UserError where it holds anything but a row of uint16."""
+    """The bytes before a shard's first token; UserError where it is not one dimension of uint16."""
     with open_shard(path) as file:
         try:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         except (OSError, ValueError) as error:
-            raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the "
-                            "file") from None
+            raise UserError(f"shard {path} cannot be read ({error}); {RESTORE}") from None
         if dtype != np.dtype("<u2") or len(shape) != 1:
-            raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; prepare the data again "
-                            "or restore the file")
+            raise UserError(
+                f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; {RESTORE}"
+            )
         return file.tell()
 
 
 def mixture_weights(name: str, split: Split) -> np.ndarray:
-    """(D,) probabilities of the split's domains; UserError if the mixture asks for a domain without windows."""
-    weights = MIXTURES[name] if MIXTURES[name] is not None else split.tokens
-    weights = {d: p for d, p in weights.items() if d not in split.held_out}
-    full = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
-    empty = [d for d in weights if weights[d] > 0 and d not in full]
-    if (empty and MIXTURES[name] is not None) or not full & {d for d in weights if weights[d] > 0}:
-        raise UserError(f"mixture {name!r} asks for {', '.join(empty) or 'data'}, but the data folder has no training "
-                        f"window of {split.block_size} tokens there (it has: {', '.join(sorted(full)) or 'none'}); "
-                        "prepare these domains, or choose another --mixture or a smaller --block_size")
-    p = np.array([weights.get(d, 0.0) if d in full else 0.0 for d in split.domains])
+    """(D,) probabilities of the split's domains; UserError if one has no windows to draw."""
+    weights = split.tokens if MIXTURES[name] is None else MIXTURES[name]
+    weights = {d: p for d, p in weights.items() if p > 0 and d not in split.held_out}
+    has_windows = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
+    empty = [d for d in weights if d not in has_windows]
+    is_natural = MIXTURES[name] is None  # takes what there is
+    if (empty and not is_natural) or not has_windows.intersection(weights):
+        raise UserError(
+            f"mixture {name!r} asks for {', '.join(empty) or 'data'}, but the data folder has no "
+            f"training window of {split.block_size} tokens there (it has: "
+            f"{', '.join(sorted(has_windows)) or 'none'}); prepare these domains, or choose "
+            "another --mixture or a smaller --block_size"
+        )
+    p = np.array([weights.get(d, 0.0) if d in has_windows else 0.0 for d in split.domains])
     return p / p.sum()
 
 
 class DomainSampler:
-    """Which windows each step trains on: a function of (seed, mixture, data, step) and nothing else.
+    """Which windows each step trains on: a function of (seed, mixture, data, step) alone.
 
-    Every sample's domain is drawn independently from the mixture. Within a domain, windows come in a seeded
-    pseudo-random order without replacement, epoch after epoch, by a permutation that needs no table.
+    Every sample's domain is drawn independently from the mixture. Within a domain, windows come in
+    a seeded pseudo-random order without replacement, epoch after epoch, by a permutation that
+    needs no table.
     """
 
-    def __init__(self, weights: np.ndarray, n_windows: np.ndarray, global_batch_size: int, seed: int):
+    def __init__(
+        self, weights: np.ndarray, n_windows: np.ndarray, global_batch_size: int, seed: int
+    ):
         self.n_windows, self.global_batch_size, self.seed = n_windows, global_batch_size, seed
+        self.weights = weights  # (D,)
         self.cumulative = np.cumsum(weights)
-        self.cumulative[np.flatnonzero(weights)[-1]:] = 1.0  # rounding must not reach past the last domain in use
-        self.step, self.drawn = 0, np.zeros(len(weights), dtype=np.int64)  # samples of each domain before `step`
+        last_domain = np.flatnonzero(weights)[-1]
+        self.cumulative[last_domain:] = 1.0  # rounding must not reach past the last domain in use
+        self.step = 0
+        self.drawn = np.zeros(len(weights), dtype=np.int64)  # samples of each domain before `step`
 
     def domains_of(self, step: int) -> np.ndarray:
         """(G,) domain of each sample of a step."""
-        # Raw output of a counter-based generator: NumPy keeps it stable across versions, unlike Generator's methods.
+        # Raw output of a counter-based generator: NumPy keeps it stable across versions, unlike the
+        # methods of Generator.
         raw = np.random.Philox(key=[self.seed, step]).random_raw(self.global_batch_size)
-        return np.searchsorted(self.cumulative, (raw >> np.uint64(11)) * 2.0**-53, side="right")
+        uniform = (raw >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+        return np.searchsorted(self.cumulative, uniform, side="right")
 
     def draw(self, step: int) -> np.ndarray:
         """(G, 2) int64: domain and window of each sample of the global batch."""
         if step < self.step:
-            self.step, self.drawn[:] = 0, 0
-        while self.step < step:  # a jump (resume) counts through the steps between: about 10 microseconds each
+            self.step = 0
+            self.drawn[:] = 0
+        while self.step < step:  # a resumed run counts through the steps before: 10 us each
             self.drawn += np.bincount(self.domains_of(self.step), minlength=len(self.drawn))
             self.step += 1
         domain = self.domains_of(step)
-        pairs = np.stack([domain, np.zeros_like(domain)], axis=1)
+        window = np.zeros_like(domain)
         for d in np.unique(domain):
-            mine = domain == d
-            epoch, position = np.divmod(self.drawn[d] + np.arange(mine.sum()), self.n_windows[d])
-            pairs[mine, 1] = np.concatenate([permute(position[epoch == e], int(self.n_windows[d]), self.seed, d, e)
-                                             for e in np.unique(epoch)])
-        return pairs
+            members = domain == d
+            window[members] = self._windows(d, self.drawn[d] + np.arange(members.sum()))
+        return np.stack([domain, window], axis=1)
+
+    def _windows(self, domain: int, numbers: np.ndarray) -> np.ndarray:
+        """The windows of a domain's samples, numbered from the start of training."""
+        n = int(self.n_windows[domain])
+        epoch, position = np.divmod(numbers, n)
+        windows = [permute(position[epoch == e], n, self.seed, domain, e) for e in np.unique(epoch)]
+        return np.concatenate(windows)
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Entries `index` of a pseudo-random permutation of range(n): a four-round Feistel network with cycle walking."""
+    """Entries `index` of a pseudo-random permutation of range(n).
+
+    A four-round Feistel network with cycle walking: no table, whatever n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     round_keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
 
     def shuffle(value: np.ndarray) -> np.ndarray:
         left, right = value >> shift, value & mask
-        for k in round_keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+        for round_key in round_keys:
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+            mixed = mixed ^ (mixed >> np.uint64(32))
+            left, right = right, left ^ (mixed & mask)
         return (left << shift) | right
 
     value = shuffle(index.astype(np.uint64))
-    while (outside := value >= n).any():  # the network permutes up to 4n numbers: walk on until back below n
+    while (
+        outside := value >= n
+    ).any():  # the network permutes up to 4n numbers: walk on until below n
         value[outside] = shuffle(value[outside])
     return value.astype(np.int64)
 
 
 def read_batch(split: Split, pairs: np.ndarray, pin: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(n, 2) domain and window -> x, y (n, T) int64 and domain (n,) int64."""
-    tokens = torch.from_numpy(np.stack([split.window(d, w) for d, w in pairs.tolist()]).astype(np.int64))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (n, T)
+    windows = np.stack([split.window(d, w) for d, w in pairs.tolist()])  # (n, T + 1)
+    tokens = torch.from_numpy(windows.astype(np.int64))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if pin:
         x, y = x.pin_memory(), y.pin_memory()
     return x, y, torch.from_numpy(pairs[:, 0].copy())
@@ -233,3 +313,69 @@ def prefetch(read: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -
             batch = ahead.popleft().result()
             ahead.extend(pool.submit(read, step) for step in islice(steps, 1))
             yield batch
+
+
+def validation_windows(split: Split, per_domain: int | None) -> np.ndarray:
+    """(M, 2) domain and window: all of them, or `per_domain` evenly spaced ones.
+
+    They are the same for every run and layout.
+    """
+    pairs = []
+    for d, n in enumerate(split.n_windows.tolist()):
+        m = min(n, per_domain or n)
+        pairs += [(d, i * n // m) for i in range(m)]
+    if not pairs:
+        raise UserError(
+            f"the validation split has no window of {split.block_size} tokens; prepare one (files "
+            "or folders called validation), or use a smaller --block_size"
+        )
+    return np.array(pairs, dtype=np.int64)
+
+
+class RunData(NamedTuple):
+    """The data of a training run."""
+
+    manifest: dict
+    train: Split
+    val: Split
+    val_windows: np.ndarray  # (M, 2) domain and window of the fixed validation windows
+    sampler: DomainSampler
+
+
+class Batch(NamedTuple):
+    """What one rank needs of a step's global batch."""
+
+    x: Tensor  # (n, T) int64 token ids
+    y: Tensor  # (n, T) int64 targets
+    domain: Tensor  # (G,) int64 domain of each sample of the global batch
+    pairs: np.ndarray  # (G, 2) int64 domain and window of each sample of the global batch
+
+
+def open_data(
+    data_dir: str,
+    block_size: int,
+    mixture: str,
+    global_batch_size: int,
+    seed: int,
+    eval_windows: int,
+) -> RunData:
+    """The data of a run; UserError where the folder is damaged or lacks what the mixture draws."""
+    manifest = read_manifest(data_dir)
+    train = Split(data_dir, manifest, "train", block_size)
+    val = Split(data_dir, manifest, "val", block_size)
+    weights = mixture_weights(mixture, train)
+    sampler = DomainSampler(weights, train.n_windows, global_batch_size, seed)
+    return RunData(manifest, train, val, validation_windows(val, eval_windows), sampler)
+
+
+def batches(data: RunData, first_step: int, max_steps: int, pin: bool = False) -> Iterator[Batch]:
+    """This rank's part of each step, read ahead in the background. pin: for copies to a GPU."""
+    rank, _, world_size = distributed.ranks()
+    n = data.sampler.global_batch_size // world_size
+
+    def read(step: int) -> Batch:
+        pairs = data.sampler.draw(step)
+        x, y, _ = read_batch(data.train, pairs[rank * n : (rank + 1) * n], pin)
+        return Batch(x, y, torch.from_numpy(pairs[:, 0].copy()), pairs)
+
+    return prefetch(read, range(first_step, max_steps))

@@ -30,15 +30,26 @@ def command(*args, ranks: int = 1, process: bool = False) -> subprocess.Complete
         return run_here(args)
     launcher = [sys.executable]
     if ranks > 1:  # the -- keeps torchrun from taking our flags for abbreviations of its own
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "--"]
-    return subprocess.run([*launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            f"--master_port={free_port()}",
+            "--",
+        ]
+    return subprocess.run(
+        [*launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def run_here(args: list[str]) -> subprocess.CompletedProcess:
     """The script as __main__ in this process; an exception that is not an exit goes to the test."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd(), list(sys.path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     sys.argv = args
     os.chdir(ROOT)
     try:
@@ -67,8 +78,11 @@ def expect_ok(done: subprocess.CompletedProcess) -> str:
 
 def expect_error(done: subprocess.CompletedProcess, *words: str) -> None:
     """Exit code 2, one line on standard error that has these words, no traceback."""
-    lines = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr)
-             if line.strip() and not re.search(r"\d+/\d+ \[", line)]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]|\x1b\[A", done.stderr)
+        if line.strip() and not re.search(r"\d+/\d+ \[", line)
+    ]
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert lines[-1].startswith("error: "), done.stderr
@@ -81,7 +95,9 @@ def expect_error(done: subprocess.CompletedProcess, *words: str) -> None:
 def sample_data(tmp_path_factory) -> Path:
     """The embedded sample as bytes, prepared once."""
     out = tmp_path_factory.mktemp("data") / "sample"
-    expect_ok(command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out))
+    expect_ok(
+        command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out)
+    )
     return out
 
 
@@ -94,13 +110,16 @@ def real_text() -> Path:
     return Path(folder)
 
 
-def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]], shard_tokens: int = 10**9) -> Path:
+def write_shards(
+    folder: Path, tokens: dict[str, dict[str, np.ndarray]], shard_tokens: int = 10**9
+) -> Path:
     """A data folder with given token streams, through the real writer: {domain: {split: (n,) ids}}."""
     import json
 
-    import tokenizer
+    from corpus import tokenizer
+    from corpus.manifest import SCHEMA
     from corpus.shards import ShardWriter
-    from manifest import SCHEMA
+
     folder.mkdir(exist_ok=True)
     domains = {}
     for domain, splits in tokens.items():
@@ -110,7 +129,18 @@ def write_shards(folder: Path, tokens: dict[str, dict[str, np.ndarray]], shard_t
             domains.setdefault(domain, {})[split] = writer.close()
     t = tokenizer.load("bytes")
     largest = max(int(ids.max()) for splits in tokens.values() for ids in splits.values())
-    described = {"name": t.name, "sha256": t.sha256, "n_vocab": max(t.n_vocab, largest + 1), "eot_token": t.eot_token}
-    manifest = {"schema": SCHEMA, "tokenizer": described, "dtype": "uint16", "source": {}, "domains": domains}
+    described = {
+        "name": t.name,
+        "sha256": t.sha256,
+        "n_vocab": max(t.n_vocab, largest + 1),
+        "eot_token": t.eot_token,
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "tokenizer": described,
+        "dtype": "uint16",
+        "source": {},
+        "domains": domains,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

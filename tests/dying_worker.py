@@ -1,6 +1,6 @@
 """train.py whose rank 1 is killed in its first life, before step 6; for tests/test_nodes.py.
 
-    torchrun --max_restarts 1 [...] -- tests/dying_worker.py [FLAGS OF train.py]
+torchrun --max_restarts 1 [...] -- tests/dying_worker.py [FLAGS OF train.py]
 """
 
 import os
@@ -10,19 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import distributed
 import train
-from errors import run
+from cli import run
+from runtime import distributed
+from step import Trainer
 
-train_step = train.train_step
+take_step = Trainer.step
 
 
-def fatal_step(model, optimizer, x, y, step, *rest):
+def fatal_step(trainer, step, batch):
     if (step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (6, "1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(model, optimizer, x, y, step, *rest)
+    return take_step(trainer, step, batch)
 
 
 if __name__ == "__main__":
-    train.train_step = fatal_step
+    Trainer.step = fatal_step
     run(distributed.reported(train.main))

@@ -15,14 +15,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402, F401  the server imports it, and every rank finds it imported
+from runtime import checkpoint  # noqa: E402
 
 
 def rank_main(rank: int, world_size: int, port: int, args: list[str], log: str, fault: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -35,6 +40,7 @@ def rank_main(rank: int, world_size: int, port: int, args: list[str], log: str, 
 
 def slow_reads(seconds: float):
     """The last batches of the last rank take their time, once."""
+
     def patch(rank: int) -> None:
         read, calls = data.read_batch, [0]
 
@@ -44,7 +50,9 @@ def slow_reads(seconds: float):
                 calls[0] += 1
                 time.sleep(seconds)
             return read(split, pairs, pin)
+
         data.read_batch = slow
+
     return patch
 
 
@@ -52,7 +60,11 @@ def nothing_checked(rank: int) -> None:
     checkpoint.check_space = lambda *_: None
 
 
-FAULTS = {"slow rank": slow_reads(4), "hanging rank": slow_reads(600), "free space guessed wrong": nothing_checked}
+FAULTS = {
+    "slow rank": slow_reads(4),
+    "hanging rank": slow_reads(600),
+    "free space guessed wrong": nothing_checked,
+}
 
 
 class Run:
@@ -60,16 +72,25 @@ class Run:
 
     context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, out: Path, world_size: int, args: list, log: Path, port: int, fault: str = ""):
+    def __init__(
+        self, out: Path, world_size: int, args: list, log: Path, port: int, fault: str = ""
+    ):
         self.out, self.log = out, log
         log.write_text("")
         self.context.set_forkserver_preload(["fault_worker"])
-        with pytest.MonkeyPatch.context() as patch:  # or the server does not find it, and says nothing
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # or the server does not find it, and says nothing
             patch.setenv("PYTHONPATH", str(Path(__file__).parent))
             forkserver.ensure_running()
-        self.ranks = [self.context.Process(target=rank_main, args=(rank, world_size, port, [str(a) for a in args],
-                                                                  str(log), fault), daemon=True)
-                      for rank in range(world_size)]
+        self.ranks = [
+            self.context.Process(
+                target=rank_main,
+                args=(rank, world_size, port, [str(a) for a in args], str(log), fault),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
         for process in self.ranks:
             process.start()
 

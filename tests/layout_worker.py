@@ -16,29 +16,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import distributed
-import train
+from data import Batch
 from model import GPT, GPTConfig
+from recipe import TrainConfig, settle
 from reweight import STRATEGIES
+from runtime import distributed
+from step import Trainer
 
 G, T, V = 16, 24, 64
 # (B, scope, dropout); B must divide G / W
-CASES = [(16, "global", 0.0), (8, "global", 0.0), (4, "global", 0.0), (2, "global", 0.0), (4, "micro", 0.0),
-         (4, "global", 0.2)]
+CASES = [
+    (16, "global", 0.0),
+    (8, "global", 0.0),
+    (4, "global", 0.0),
+    (2, "global", 0.0),
+    (4, "micro", 0.0),
+    (4, "global", 0.2),
+]
 # strategy -> settings; the last one has all that changes the weights of a batch
-VARIANTS = {**{name: {"reweight": name} for name in STRATEGIES},
-            "robust": {"reweight": "linupper", "reweight_norm": "quantile", "max_weight": 1.2, "r_start": 2.0,
-                       "r_steps": 10}}
+VARIANTS = {
+    **{name: {"reweight": name} for name in STRATEGIES},
+    "robust": {
+        "reweight": "linupper",
+        "reweight_norm": "quantile",
+        "max_weight": 1.2,
+        "r_start": 2.0,
+        "r_steps": 10,
+    },
+}
 
-WAYS = {"loss_chunk": {"loss_chunk": 7}, "full": {"recompute": "full"},
-        "selective, loss_chunk": {"recompute": "selective", "loss_chunk": 40}}
+WAYS = {
+    "loss_chunk": {"loss_chunk": 7},
+    "full": {"recompute": "full"},
+    "selective, loss_chunk": {"recompute": "selective", "loss_chunk": 40},
+}
 
 
 class Recorder(torch.optim.SGD):
     """Keeps the gradients of its last step and changes nothing."""
 
     def step(self, closure=None):
-        self.gradients = [distributed.full(p.grad).clone() for group in self.param_groups for p in group["params"]]
+        parameters = self.param_groups[0]["params"]
+        self.gradients = [distributed.full(p.grad).clone() for p in parameters]
 
 
 def global_batch(step: int = 0) -> torch.Tensor:
@@ -49,88 +68,133 @@ def global_batch(step: int = 0) -> torch.Tensor:
 
 def expected_losses() -> torch.Tensor:
     """(G,) of the variant "robust", as running means of domains would be."""
-    return torch.arange(G) % 3 * 0.5
+    return domains() * 0.5
 
 
-def small_model(dropout: float, loss_chunk: int = 0, recompute: str = "none") -> GPT:
+def domains() -> torch.Tensor:
+    """(G,) domain of each sample of the global batch."""
+    return torch.arange(G) % 3
+
+
+def batch_of(step: int) -> Batch:
+    """This rank's part of a step's global batch."""
+    rank, _, W = distributed.ranks()
+    rows = global_batch(step)[rank * G // W : (rank + 1) * G // W]
+    return Batch(rows[:, :-1], rows[:, 1:], domains(), None)
+
+
+def small_model(dropout: float) -> GPT:
     torch.manual_seed(1)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=V, dropout=dropout))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=V, dropout=dropout)
+    )
     with torch.no_grad():
         model.wte.weight.mul_(20)  # far from the uniform prediction of a fresh model
-    model.loss_chunk, model.recompute = loss_chunk, recompute
     return model
 
 
-def config_of(B: int, W: int, **settings) -> train.TrainConfig:
-    base = train.TrainConfig(device="cpu", global_batch_size=G, micro_batch_size=B, reweight_warmup_steps=0,
-                             warmup_steps=1, max_steps=20, learning_rate=1e-3)
-    return train.settle(replace(base, **settings), W)
+def config_of(B: int, **settings) -> TrainConfig:
+    base = TrainConfig(
+        device="cpu",
+        global_batch_size=G,
+        micro_batch_size=B,
+        reweight_warmup_steps=0,
+        warmup_steps=1,
+        max_steps=20,
+        learning_rate=1e-3,
+        loss_chunk=0,
+    )
+    return settle(replace(base, **settings), distributed.ranks().world_size)
 
 
-def one_step(model: torch.nn.Module, variant: str, B: int, scope: str, dtype: str = "float32") -> dict:
+def one_step(trainer: Trainer, variant: str) -> dict:
+    """A step of a variant whose optimizer changes nothing."""
+    trainer.config = replace(trainer.config, grad_clip=0.0, **VARIANTS[variant])
+    trainer.optimizer = Recorder(trainer.model.parameters(), lr=1.0)
+    batch = batch_of(0)
+    expected = None
+    if variant == "robust":
+        expected = trainer.expected_losses(batch.domain, len(batch.x))
+    backward = trainer.backward
+    trainer.backward = lambda step, x, y, _: backward(step, x, y, expected)
+    result = trainer.step(3, batch)
+    trainer.backward = backward
+    return {
+        "gradient": torch.cat([g.flatten() for g in trainer.optimizer.gradients]),
+        "norm": result.grad_norm,
+        "losses": distributed.gather(result.losses),
+        "weights": distributed.gather(result.weights),
+    }
+
+
+def all_variants(dropout: float, B: int, parallel: str, **settings) -> dict[str, dict]:
+    """one_step of every variant, each from the same model."""
+    trainer = trainer_of(dropout, B, parallel, **settings)
+    original = trainer.config
+    results = {}
+    for variant in VARIANTS:
+        trainer.config = original
+        results[variant] = one_step(trainer, variant)
+    return results
+
+
+def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
+    config = config_of(B, parallel=parallel, **settings)
+    trainer = Trainer(small_model(dropout), config, 3, torch.device("cpu"))
+    # Means of 0, 0.5 and 1 for the three domains: expected_losses() for their samples.
+    trainer.domain_losses = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
+    return trainer
+
+
+def twenty_steps(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
+    """Losses of 20 AdamW steps, and whether steps with a NaN loss changed anything."""
     rank, _, W = distributed.ranks()
-    mine = slice(rank * G // W, (rank + 1) * G // W)
-    config = config_of(B, W, reweight_scope=scope, grad_clip=0.0, dtype=dtype, **VARIANTS[variant])
-    optimizer, rows = Recorder(model.parameters(), lr=1.0), global_batch()[mine]
-    expected = expected_losses()[mine] if variant == "robust" else None
-    losses, weights, norm = train.train_step(model, optimizer, rows[:, :-1], rows[:, 1:], 3, config, expected)
-    return {"gradient": torch.cat([g.flatten() for g in optimizer.gradients]), "norm": norm,
-            "losses": distributed.gather(losses), "weights": distributed.gather(weights)}
-
-
-def twenty_steps(raw: GPT, model: torch.nn.Module, B: int) -> dict:
-    """Losses of 20 AdamW steps, then a step whose last sample has a NaN loss: did it change anything on this rank?"""
-    rank, _, W = distributed.ranks()
-    config, mine = config_of(B, W, reweight="linupper"), slice(rank * G // W, (rank + 1) * G // W)
-    optimizer, losses = train.make_optimizer(raw, config), []
-    for step in range(20):
-        rows = global_batch(step)[mine]
-        losses.append(train.train_step(model, optimizer, rows[:, :-1], rows[:, 1:], step, config)[0])
-    before = snapshot(raw, optimizer)
+    trainer = trainer_of(dropout, B, parallel, reweight="linupper", **settings)
+    losses = [trainer.step(step, batch_of(step)).losses for step in range(20)]
+    before = snapshot(trainer)
+    forward = trainer.raw.forward
+    last = torch.tensor([0.0] * (B - 1) + [float("nan") if rank == W - 1 else 0.0])[:, None]
+    trainer.raw.forward = lambda *args: forward(*args) + last
     for strategy in ("linupper", "uniform"):
-        poisoned = replace(config, reweight=strategy)
-        forward = raw.forward
-        raw.forward = lambda *args, forward=forward: forward(*args) + (
-            torch.tensor([0.0] * (B - 1) + [float("nan") if rank == W - 1 else 0.0])[:, None])
-        _, _, norm = train.train_step(model, optimizer, rows[:, :-1], rows[:, 1:], 19, poisoned)
-        raw.forward = forward
-        assert not norm.isfinite()
-    after = snapshot(raw, optimizer)
-    return {"losses": torch.stack([distributed.gather(row) for row in losses]),
-            "unchanged": all(torch.equal(a, b) for a, b in zip(before, after, strict=True))}
+        trainer.config = replace(trainer.config, reweight=strategy)
+        result = trainer.step(19, batch_of(19))
+        assert not result.grad_norm.isfinite() and not result.taken
+    return {
+        "losses": torch.stack([distributed.gather(row) for row in losses]),
+        "unchanged": all(
+            torch.equal(a, b) for a, b in zip(before, snapshot(trainer), strict=True)
+        ),
+    }
 
 
-def snapshot(raw: GPT, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def snapshot(trainer: Trainer) -> list[torch.Tensor]:
     """This rank's parameters, moments and step counts."""
-    tensors = [*raw.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    tensors = list(trainer.raw.parameters())
+    for state in trainer.optimizer.state.values():
+        tensors += state.values()
     return [getattr(t, "_local_tensor", t).detach().clone() for t in tensors]
 
 
 def main() -> None:
-    _, _, W = distributed.ranks()
-    device, results = distributed.setup("cpu"), {}
+    W = distributed.ranks().world_size
+    distributed.setup("cpu")
+    results = {}
     for parallel in ("ddp", "fsdp") if W > 1 else ("ddp",):
         for B, scope, dropout in CASES:
             if G % (B * W):
                 continue
-            raw = small_model(dropout)
-            model = distributed.data_parallel(raw, raw.h, device, parallel)
-            results[parallel, B, scope, dropout] = {v: one_step(model, v, B, scope) for v in VARIANTS}
+            case = all_variants(dropout, B, parallel, reweight_scope=scope)
+            results[parallel, B, scope, dropout] = case
             if (scope, dropout) == ("global", 0.0):
-                results[parallel, B, "train"] = twenty_steps(raw, model, B)
-            del model, raw
+                results[parallel, B, "train"] = twenty_steps(B, parallel)
         for way, settings in WAYS.items() if W <= 2 else ():
             for dropout in (0.0, 0.2):
-                raw = small_model(dropout, **settings)
-                model = distributed.data_parallel(raw, raw.h, device, parallel)
-                results[parallel, way, dropout] = {v: one_step(model, v, 4, "global") for v in VARIANTS}
-            results[parallel, way, "train"] = twenty_steps(raw, model, 4)
-            del model, raw
-        raw = small_model(0.0)
-        model = distributed.data_parallel(raw, raw.h, device, parallel, "bfloat16")
-        results[parallel, "bfloat16"] = one_step(model, "linupper", 4, "global", "bfloat16")
-        assert all(distributed.full(p).dtype == torch.float32 for p in raw.parameters())
-        del model, raw
+                results[parallel, way, dropout] = all_variants(dropout, 4, parallel, **settings)
+            results[parallel, way, "train"] = twenty_steps(4, parallel, 0.2, **settings)
+        trainer = trainer_of(0.0, 4, parallel, dtype="bfloat16")
+        results[parallel, "bfloat16"] = one_step(trainer, "linupper")
+        assert all(distributed.full(p).dtype == torch.float32 for p in trainer.raw.parameters())
+        del trainer
     if distributed.ranks().rank == 0:
         torch.save(results, sys.argv[1])
     distributed.cleanup()

@@ -8,11 +8,20 @@ from layout_worker import VARIANTS, WAYS, G, expected_losses, global_batch, smal
 from test_reweight import FORMULAS, reference
 
 import data
-from manifest import read_manifest
 
 # (W, parallel, B); A = G / (W * B), G = 16
-LAYOUTS = [(1, "ddp", 4), (1, "ddp", 2), (2, "ddp", 8), (2, "ddp", 4), (2, "fsdp", 8), (2, "fsdp", 4), (4, "ddp", 4),
-           (4, "ddp", 2), (4, "fsdp", 4), (4, "fsdp", 2)]
+LAYOUTS = [
+    (1, "ddp", 4),
+    (1, "ddp", 2),
+    (2, "ddp", 8),
+    (2, "ddp", 4),
+    (2, "fsdp", 8),
+    (2, "fsdp", 4),
+    (4, "ddp", 4),
+    (4, "ddp", 2),
+    (4, "fsdp", 4),
+    (4, "fsdp", 2),
+]
 layouts = pytest.mark.parametrize("W, parallel, B", LAYOUTS)
 
 
@@ -26,6 +35,7 @@ def results(tmp_path_factory):
             expect_ok(command("tests/layout_worker.py", folder / f"{W}.pt", ranks=W))
             done[W] = torch.load(folder / f"{W}.pt")
         return done[W]
+
     return run
 
 
@@ -45,14 +55,21 @@ def test_every_layout_gives_the_same_step(results, one, W, parallel, B):
     for variant in VARIANTS:
         assert relative(other[variant]["gradient"], one[variant]["gradient"]) < 1e-6
         torch.testing.assert_close(other[variant]["norm"], one[variant]["norm"], atol=0, rtol=1e-6)
-        torch.testing.assert_close(other[variant]["losses"], one[variant]["losses"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(other[variant]["weights"], one[variant]["weights"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            other[variant]["losses"], one[variant]["losses"], atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            other[variant]["weights"], one[variant]["weights"], atol=1e-6, rtol=0
+        )
 
 
 @layouts
 def test_every_layout_trains_alike(results, W, parallel, B):
     """Losses of 20 steps; not the parameters: AdamW magnifies rounding where a gradient is almost zero."""
-    expected, got = results(1)["ddp", G, "train"]["losses"], results(W)[parallel, B, "train"]["losses"]
+    expected, got = (
+        results(1)["ddp", G, "train"]["losses"],
+        results(W)[parallel, B, "train"]["losses"],
+    )
     assert expected[0].mean() - expected[-1].mean() > 0.1  # it learns
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
@@ -70,14 +87,20 @@ def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
         expected, got = results(1)["ddp", 4, "global", dropout], results(W)[parallel, way, dropout]
         for variant in VARIANTS:
             assert relative(got[variant]["gradient"], expected[variant]["gradient"]) < 1e-6
-            torch.testing.assert_close(got[variant]["losses"], expected[variant]["losses"], atol=1e-5, rtol=0)
-            torch.testing.assert_close(got[variant]["weights"], expected[variant]["weights"], atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                got[variant]["losses"], expected[variant]["losses"], atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(
+                got[variant]["weights"], expected[variant]["weights"], atol=1e-6, rtol=0
+            )
             if W == 1 and "loss_chunk" not in way:
                 assert torch.equal(got[variant]["gradient"], expected[variant]["gradient"])
     train = results(W)[parallel, way, "train"]
     assert train["unchanged"]
     # 20 steps with dropout noise: the same B gives the same noise
-    torch.testing.assert_close(train["losses"], results(1)["ddp", way, "train"]["losses"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        train["losses"], results(1)["ddp", way, "train"]["losses"], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
@@ -107,7 +130,10 @@ def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
     got = one[variant]
     assert relative(got["gradient"].double(), gradient) < 1e-5
     np.testing.assert_allclose(got["weights"].numpy(), weights, atol=1e-6)
-    if variant not in ("uniform", "robust"):  # a test of weights that are all alike would show nothing
+    if variant not in (
+        "uniform",
+        "robust",
+    ):  # a test of weights that are all alike would show nothing
         assert got["weights"].max() > 2 * got["weights"].min()
 
 
@@ -124,14 +150,21 @@ def test_dropout_noise_does_not_depend_on_ranks(results, W, parallel):
     a, b = results(1)["ddp", 4, "global", 0.2], results(W)[parallel, 4, "global", 0.2]
     for variant in VARIANTS:
         assert relative(a[variant]["gradient"], b[variant]["gradient"]) < 1e-6
-    assert relative(a["uniform"]["gradient"], results(1)["ddp", 4, "global", 0.0]["uniform"]["gradient"]) > 0.01
+    assert (
+        relative(
+            a["uniform"]["gradient"], results(1)["ddp", 4, "global", 0.0]["uniform"]["gradient"]
+        )
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp")])
 def test_micro_scope_weights_each_micro_step_on_its_own(results, W, parallel):
     got, B, A = results(W)[parallel, 4, "micro", 0.0], 4, G // (W * 4)
     for strategy in FORMULAS:
-        losses, weights = (got[strategy][key].numpy().reshape(W, A, B) for key in ("losses", "weights"))
+        losses, weights = (
+            got[strategy][key].numpy().reshape(W, A, B) for key in ("losses", "weights")
+        )
         for a in range(A):
             expected = reference(losses[:, a].ravel(), strategy, 0.4) / A
             np.testing.assert_allclose(weights[:, a].ravel(), expected, atol=1e-6)
@@ -141,24 +174,24 @@ def test_global_batches_are_identical_for_any_layout(tmp_path):
     """Each rank's slices, laid end to end in rank order, are the same global batch."""
     from conftest import write_shards
 
-    import train
     tokens = np.arange(3000) % 250
-    write_shards(tmp_path, {d: {"train": np.roll(tokens, i), "val": tokens[:50]} for i, d in enumerate(data.DOMAINS)})
-    split = data.Split(tmp_path, read_manifest(tmp_path), "train", 16)
-
-    def batch(W, B):
+    write_shards(
+        tmp_path,
+        {d: {"train": np.roll(tokens, i), "val": tokens[:50]} for i, d in enumerate(data.DOMAINS)},
+    )
+    def batch(W):
         parts = []
         for rank in range(W):
             with pytest.MonkeyPatch.context() as patch:
                 for key, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", W)):
                     patch.setenv(key, str(value))
-                config = train.settle(train.TrainConfig(device="cpu", global_batch_size=16, micro_batch_size=B,
-                                                        max_steps=12), W)
-                sampler = data.DomainSampler(data.mixture_weights("doge", split), split.n_windows, 16, 42)
-                x, _, pairs = list(train.batches(split, sampler, config, 9))[2]
-                parts.append(x)
-        return torch.cat(parts), pairs
-    x, pairs = batch(1, 16)
-    for W, B in ((1, 4), (2, 8), (2, 4), (4, 2), (16, 1)):
-        other_x, other_pairs = batch(W, B)
+                run_data = data.open_data(str(tmp_path), 16, "doge", 16, 42, 1)
+                step = list(data.batches(run_data, 9, 12))[2]
+                parts.append(step.x)
+                assert torch.equal(step.domain, torch.from_numpy(step.pairs[:, 0]))
+        return torch.cat(parts), step.pairs
+
+    x, pairs = batch(1)
+    for W in (2, 4, 16):
+        other_x, other_pairs = batch(W)
         assert torch.equal(other_x, x) and np.array_equal(other_pairs, pairs)

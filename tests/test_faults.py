@@ -21,13 +21,19 @@ from conftest import ROOT, command, expect_error, expect_ok, free_port
 from fault_worker import Run
 from test_train import SMALL, model_of, poisoned, records
 
-import checkpoint
-import telemetry
+import step as step_module
+from runtime import checkpoint
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 STEPS = 24
-FLAGS = (f"--max_steps={STEPS}", "--checkpoint_interval=1", "--eval_interval=8", "--reweight=linupper", "--dropout=0.1",
-         "--micro_batch_size=4")
+FLAGS = (
+    f"--max_steps={STEPS}",
+    "--checkpoint_interval=1",
+    "--eval_interval=8",
+    "--reweight=linupper",
+    "--dropout=0.1",
+    "--micro_batch_size=4",
+)
 
 
 def arguments(sample_data, out, *flags):
@@ -46,11 +52,21 @@ def assert_same_end(a, b):
     """Parameters, optimizer and logged losses of two finished runs, bit for bit, and no file more or less."""
     assert files(a) == files(b)
     for name in checkpoint.FILES:
-        x, y = (torch.utils._pytree.tree_leaves(torch.load(checkpoint.find_latest(run) / name, weights_only=True))
-                for run in (a, b))
-        assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(x, y, strict=True))
+        x, y = (
+            torch.utils._pytree.tree_leaves(
+                torch.load(checkpoint.find_latest(run) / name, weights_only=True)
+            )
+            for run in (a, b)
+        )
+        assert all(
+            torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q
+            for p, q in zip(x, y, strict=True)
+        )
     for kind in ("train", "eval"):
-        losses = [{r["step"]: r.get("loss", r.get("mean_loss")) for r in records(run, kind)} for run in (a, b)]
+        losses = [
+            {r["step"]: r.get("loss", r.get("mean_loss")) for r in records(run, kind)}
+            for run in (a, b)
+        ]
         shared = set(losses[0]) & set(losses[1])
         assert max(shared) == STEPS and all(losses[0][s] == losses[1][s] for s in shared)
 
@@ -61,8 +77,18 @@ def start(sample_data, tmp_path_factory):
     runs, logs = [], tmp_path_factory.mktemp("logs")
 
     def begin(out, *flags, ranks=2, fault=""):
-        runs.append(Run(out, ranks, arguments(sample_data, out, *flags), logs / str(len(runs)), free_port(), fault))
+        runs.append(
+            Run(
+                out,
+                ranks,
+                arguments(sample_data, out, *flags),
+                logs / str(len(runs)),
+                free_port(),
+                fault,
+            )
+        )
         return runs[-1]
+
     yield begin
     for run in runs:
         run.signal(signal.SIGKILL)
@@ -90,7 +116,11 @@ def count(times: int, early: float, start, unbroken, out, end) -> None:
         if tried < times:
             anywhere = rng.random() < early
             if not anywhere:
-                run.wait_for(lambda before=before, run=run: newest(out) > before or not run.ranks[0].is_alive())
+                run.wait_for(
+                    lambda before=before, run=run: (
+                        newest(out) > before or not run.ranks[0].is_alive()
+                    )
+                )
             time.sleep(rng.uniform(0, 3 if anywhere else 0.6))
             well = end(run)
         else:
@@ -140,11 +170,17 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(start, unbroken, tmp_path, n
     run.signal(number, 1)
     assert run.wait(30) == [0, 0], run.output()
     (step,) = checkpoint.steps(out)  # saved once, by the signal
-    assert 2 <= step < STEPS and f"stopped by {number.name} at step {step}; resume with: python" in run.output()
+    assert (
+        2 <= step < STEPS
+        and f"stopped by {number.name} at step {step}; resume with: python" in run.output()
+    )
     assert "Traceback" not in run.output()
     if number == signal.SIGTERM:
         run = start(out)
-        assert run.wait() == [0, 0] and f"resumed from {checkpoint.checkpoint_folder(out, step)}" in run.output()
+        assert (
+            run.wait() == [0, 0]
+            and f"resumed from {checkpoint.checkpoint_folder(out, step)}" in run.output()
+        )
         assert_same_end(out, unbroken)
 
 
@@ -155,13 +191,17 @@ def without_the_end(unbroken, out):
     return out
 
 
-def test_a_signal_during_evaluation_leaves_it_and_the_resumed_run_makes_up_for_it(start, unbroken, tmp_path):
+def test_a_signal_during_evaluation_leaves_it_and_the_resumed_run_makes_up_for_it(
+    start, unbroken, tmp_path
+):
     out = without_the_end(unbroken, tmp_path / "run")
     run = start(out, "--eval_windows=100000")
     run.wait_for(lambda: f"{STEPS}/{STEPS} " in run.output())
     time.sleep(0.5)  # the last evaluation is of many thousand windows
     run.signal(signal.SIGTERM)
-    assert run.wait(15) == [0, 0] and f"stopped by SIGTERM at step {STEPS};" in run.output(), run.output()
+    assert run.wait(15) == [0, 0] and f"stopped by SIGTERM at step {STEPS};" in run.output(), (
+        run.output()
+    )
     assert records(out, "eval")[-1]["step"] == STEPS - 8
     run = start(out)
     assert run.wait() == [0, 0] and "finished" in run.output()
@@ -186,13 +226,24 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(start, unbroken, tmp_p
             assert_same_end(out, unbroken)
             path.write_bytes(content)
     run = start(out)
-    assert run.wait() == [2, 2] and "error: " in run.output() and "has no intact checkpoint" in run.output()
+    assert (
+        run.wait() == [2, 2]
+        and "error: " in run.output()
+        and "has no intact checkpoint" in run.output()
+    )
 
 
 def test_a_run_of_four_ranks_goes_on_with_one_two_or_three(start, tmp_path):
     """FSDP and DDP in turn; dropout noise belongs to the micro-batch, which is the same for all."""
-    flags = ("--global_batch_size=12", "--micro_batch_size=1", "--max_steps=12", "--checkpoint_interval=2",
-             "--keep_checkpoints=9", "--eval_interval=100", "--eval_windows=1")
+    flags = (
+        "--global_batch_size=12",
+        "--micro_batch_size=1",
+        "--max_steps=12",
+        "--checkpoint_interval=2",
+        "--keep_checkpoints=9",
+        "--eval_interval=100",
+        "--eval_windows=1",
+    )
     run = start(tmp_path / "four", *flags, "--parallel=fsdp", ranks=4)
     assert run.wait(120) == [0] * 4, run.output()
     expected = [r["loss"] for r in records(tmp_path / "four", "train")]
@@ -203,23 +254,34 @@ def test_a_run_of_four_ranks_goes_on_with_one_two_or_three(start, tmp_path):
         for step in (4, 6, 8, 10, 12):
             shutil.rmtree(checkpoint.checkpoint_folder(out, step))
         run = start(out, *flags, f"--parallel={parallel}", ranks=ranks)
-        assert run.wait(120) == [0] * ranks and f"x {12 // ranks} micro-steps" in run.output(), run.output()
+        assert run.wait(120) == [0] * ranks and f"x {12 // ranks} micro-steps" in run.output(), (
+            run.output()
+        )
         losses = [r["loss"] for r in records(out, "train")]
         assert losses == pytest.approx(expected, abs=1e-5) and losses != expected
 
 
 def test_a_slow_rank_is_named(start, tmp_path):
-    run = start(tmp_path / "run", "--timeout_s=20", fault="slow rank")  # told after a twentieth of it
+    run = start(
+        tmp_path / "run", "--timeout_s=20", fault="slow rank"
+    )  # told after a twentieth of it
     assert run.wait() == [0, 0], run.output()
-    assert re.search("rank 1 is late: reading its batch at step . since . s, others computing at step", run.output())
+    assert re.search(
+        "rank 1 is late: reading its batch at step . since . s, others computing at step",
+        run.output(),
+    )
     assert "rank 0 is late" not in run.output()
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_time_out(start, tmp_path):
     run = start(tmp_path / "run", "--timeout_s=5", fault="hanging rank")
     run.wait_for(lambda: not run.ranks[0].is_alive())
-    assert run.ranks[0].exitcode == 1 and "rank 1 is late: reading its batch" in run.output(), run.output()
-    run.signal(signal.SIGTERM, 1)  # it waits for its data: the first signal waits for the step's end
+    assert run.ranks[0].exitcode == 1 and "rank 1 is late: reading its batch" in run.output(), (
+        run.output()
+    )
+    run.signal(
+        signal.SIGTERM, 1
+    )  # it waits for its data: the first signal waits for the step's end
     time.sleep(2.5)
     assert run.ranks[1].is_alive()
     run.signal(signal.SIGTERM, 1)
@@ -227,16 +289,30 @@ def test_a_rank_that_hangs_ends_the_others_after_the_time_out(start, tmp_path):
 
 
 def test_a_dead_rank_takes_the_others_down_and_is_reported(sample_data, tmp_path):
-    args = arguments(sample_data, tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=10")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    with (open(tmp_path / "log", "w") as log,
-          subprocess.Popen([*torchrun, "--", *map(str, args)], cwd=ROOT, stdout=log, stderr=log) as agent):
+    args = arguments(
+        sample_data, tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=10"
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(
+            [*torchrun, "--", *map(str, args)], cwd=ROOT, stdout=log, stderr=log
+        ) as agent,
+    ):
         until = time.monotonic() + 60
         while newest(tmp_path / "run") < 20 and time.monotonic() < until:
             time.sleep(0.1)
         workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        ranks = {int(re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())[1]): int(pid)
-                 for pid in workers}
+        ranks = {
+            int(re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())[1]): int(pid)
+            for pid in workers
+        }
         os.kill(ranks[1], signal.SIGKILL)
         assert agent.wait(60) == 1
     report = (tmp_path / "log").read_text().split("Root Cause")[1]
@@ -249,7 +325,9 @@ def small_disk(tmp_path):
     """A file system of 60 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=60m", "none", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs takes more rights")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -269,8 +347,13 @@ def test_a_disk_that_is_full_for_a_checkpoint(start, unbroken, small_disk, guess
     codes = run.wait()
     assert codes[0] == 2 and codes[1] in (0, 2), run.output()
     assert f"error: the checkpoint of step {STEPS} cannot be written" in run.output()
-    assert ("(0.01 GB are needed; 0.00 GB are free)" in run.output()) == guessed and "GB are free)" in run.output()
-    assert f"the newest there is of step {STEPS - 1}" in run.output() and "Traceback" not in run.output()
+    assert (
+        "(0.01 GB are needed; 0.00 GB are free)" in run.output()
+    ) == guessed and "GB are free)" in run.output()
+    assert (
+        f"the newest there is of step {STEPS - 1}" in run.output()
+        and "Traceback" not in run.output()
+    )
     assert files(out / "checkpoints") == before
     (small_disk / "filler").unlink()
     run = start(out)
@@ -285,14 +368,20 @@ def test_a_disk_that_is_full_for_the_metrics(start, unbroken, small_disk):
     run.signal(signal.SIGKILL)
     run.wait()
     saved = newest(out)
-    run = start(out, "--checkpoint_interval=100")  # the checkpoint at the end would be the first to need room
+    run = start(
+        out, "--checkpoint_interval=100"
+    )  # the checkpoint at the end would be the first to need room
     # the bar is there once the lines past the checkpoint have gone
-    run.wait_for(lambda: f"/{STEPS} [" in run.output() and records(out, "train")[-1]["step"] > saved)
+    run.wait_for(
+        lambda: f"/{STEPS} [" in run.output() and records(out, "train")[-1]["step"] > saved
+    )
     fill(small_disk, leave=0)
     assert run.wait()[0] == 2 and "Traceback" not in run.output(), run.output()
     assert "metrics.jsonl cannot be written (No space left on device)" in run.output()
     run = start(out)  # before there is room
-    assert 2 in run.wait() and f"error: --out_dir {out}: No space left on device" in run.output(), run.output()
+    assert 2 in run.wait() and f"error: --out_dir {out}: No space left on device" in run.output(), (
+        run.output()
+    )
     (small_disk / "filler").unlink()
     run = start(out)
     assert run.wait() == [0, 0], run.output()
@@ -300,7 +389,16 @@ def test_a_disk_that_is_full_for_the_metrics(start, unbroken, small_disk):
 
 
 def run_alone(sample_data, out, *flags):
-    return command("train.py", *SMALL, "--data_dir", sample_data, "--out_dir", out, "--eval_interval=100", *flags)
+    return command(
+        "train.py",
+        *SMALL,
+        "--data_dir",
+        sample_data,
+        "--out_dir",
+        out,
+        "--eval_interval=100",
+        *flags,
+    )
 
 
 def test_stopping_at_a_nan_keeps_the_state_before_it(sample_data, tmp_path, monkeypatch):
@@ -308,7 +406,9 @@ def test_stopping_at_a_nan_keeps_the_state_before_it(sample_data, tmp_path, monk
     flags = ("--max_steps=8", "--log_interval=4", "--on_nonfinite=stop")
     with monkeypatch.context() as patch:
         poisoned(patch, lambda row, call: call == 5)
-        expect_error(run_alone(sample_data, tmp_path / "run", *flags), "in step 5", "saved as step 4")
+        expect_error(
+            run_alone(sample_data, tmp_path / "run", *flags), "in step 5", "saved as step 4"
+        )
     for name in ("run", "whole"):
         expect_ok(run_alone(sample_data, tmp_path / name, *flags))
     a, b = (model_of(tmp_path / x / "checkpoints" / "step_00000008") for x in ("run", "whole"))
@@ -318,26 +418,38 @@ def test_stopping_at_a_nan_keeps_the_state_before_it(sample_data, tmp_path, monk
 def test_a_spike_is_named_and_skipped_if_asked(sample_data, tmp_path, monkeypatch):
     """A loss times 1000 at step 9; the median of the steps before 7 comes from the checkpoint."""
     import model
+
     forward, calls = model.GPT.forward, [0]
 
     def spiking(self, idx, targets=None):
         calls[0] += self.training
         return forward(self, idx, targets) * (1000 if self.training and calls[0] == 9 else 1)
+
     monkeypatch.setattr(model.GPT, "forward", spiking)
-    monkeypatch.setattr(telemetry, "WINDOW", 8)
+    monkeypatch.setattr(step_module, "WINDOW", 8)
     ends = []
     for name, flags in (("logged", ()), ("skipped", ("--skip_grad_norm=5",))):
         calls[0] = 0
         for steps in (6, 12):
             expect_ok(run_alone(sample_data, tmp_path / name, f"--max_steps={steps}", *flags))
         (spike,) = records(tmp_path / name, "spike")
-        assert (spike["step"], spike["skipped"]) == (9, name == "skipped") and len(spike["samples"]) == 8
+        assert (spike["step"], spike["skipped"]) == (9, name == "skipped") and len(
+            spike["samples"]
+        ) == 8
         norms = [r["grad_norm"] for r in records(tmp_path / name, "train")]
         assert len(norms) == (11 if name == "skipped" else 12)
-        assert spike["limit"] == pytest.approx((5 if flags else 10) * sorted(norms[:8])[3], rel=1e-6)
+        assert spike["limit"] == pytest.approx(
+            (5 if flags else 10) * sorted(norms[:8])[3], rel=1e-6
+        )
         ends.append(model_of(tmp_path / name / "checkpoints" / "step_00000012"))
-    assert any(not torch.equal(p, q) for p, q in zip(ends[0].values(), ends[1].values(), strict=True))
-    expect_error(run_alone(sample_data, tmp_path / "x", "--skip_grad_norm=0.5"), "--skip_grad_norm 0.5", "above 1")
+    assert any(
+        not torch.equal(p, q) for p, q in zip(ends[0].values(), ends[1].values(), strict=True)
+    )
+    expect_error(
+        run_alone(sample_data, tmp_path / "x", "--skip_grad_norm=0.5"),
+        "--skip_grad_norm 0.5",
+        "above 1",
+    )
 
 
 def test_data_that_changes(sample_data, tmp_path):
@@ -347,8 +459,15 @@ def test_data_that_changes(sample_data, tmp_path):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     manifest["domains"]["c4"]["train"][0]["sha256"] = "0" * 64  # prepared anew
     (data_dir / "manifest.json").write_text(json.dumps(manifest))
-    expect_error(run_alone(data_dir, out, "--max_steps=4"), "another run: data", "--allow_data_change accepts it")
-    expect_error(run_alone(data_dir, out, "--max_steps=4", "--allow_data_change", "--seed=1"), "seed 42 there, 1 here")
+    expect_error(
+        run_alone(data_dir, out, "--max_steps=4"),
+        "another run: data",
+        "--allow_data_change accepts it",
+    )
+    expect_error(
+        run_alone(data_dir, out, "--max_steps=4", "--allow_data_change", "--seed=1"),
+        "seed 42 there, 1 here",
+    )
     expect_ok(run_alone(data_dir, out, "--max_steps=4", "--allow_data_change"))
     assert checkpoint.steps(out) == [2, 4]
 
@@ -360,15 +479,22 @@ def test_data_that_changes_during_a_run(start, sample_data, tmp_path):
     run.wait_for(lambda: newest(out) >= 4)
     os.utime(data_dir / "book" / "train_00000.npy")
     assert run.wait()[0] == 2, run.output()
-    assert "book/train_00000.npy was changed during the run" in run.output() and "Traceback" not in run.output()
+    assert (
+        "book/train_00000.npy was changed during the run" in run.output()
+        and "Traceback" not in run.output()
+    )
 
 
 def test_checkpoints_that_are_kept(tmp_path):
     found = []
     for step in range(2, 21, 2):
-        found = [s for s in [*found, step] if s not in checkpoint.outdated([*found, step], step, 2, 6)]
+        found = [
+            s for s in [*found, step] if s not in checkpoint.outdated([*found, step], step, 2, 6)
+        ]
     assert found == [6, 12, 18, 20]
-    assert checkpoint.outdated([6, 12, 18], 12, 2, 0) == [18]  # damaged, or the run would have gone on from it
+    assert checkpoint.outdated([6, 12, 18], 12, 2, 0) == [
+        18
+    ]  # damaged, or the run would have gone on from it
     left = tmp_path / "checkpoints" / "step_00000004.tmp"
     left.mkdir(parents=True)
     (left.parent / "mine").mkdir()
@@ -377,19 +503,25 @@ def test_checkpoints_that_are_kept(tmp_path):
 
 
 def test_the_next_step_does_not_change_what_is_being_written():
-    import distributed
+    from runtime import distributed
+
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step():
         model(torch.ones(2)).sum().backward()
         optimizer.step()
+
     step()
     state = distributed.get_state(model, optimizer)
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    leaves = [
+        leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)
+    ]
     before = [leaf.clone() for leaf in leaves]
     step()
-    assert len(leaves) == 2 * 4 and all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
+    assert len(leaves) == 2 * 4 and all(
+        torch.equal(a, b) for a, b in zip(leaves, before, strict=True)
+    )
     assert not torch.equal(state[0]["weight"], model.weight)
 
 
@@ -404,7 +536,9 @@ def test_a_failed_write_is_told_and_nothing_is_written_after_it(tmp_path, monkey
     assert "step 2 cannot be written" in writer.failure and "ZeroDivisionError" in writer.failure
     writer.save(3, tensors, {})
     writer.wait()
-    assert checkpoint.steps(tmp_path) == [1] and len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert (
+        checkpoint.steps(tmp_path) == [1] and len(list((tmp_path / "checkpoints").iterdir())) == 1
+    )
 
 
 def test_a_kill_after_the_last_checkpoint_leaves_nothing_for_good(start, unbroken, tmp_path):
@@ -419,7 +553,9 @@ def test_a_kill_after_the_last_checkpoint_leaves_nothing_for_good(start, unbroke
 
 def test_two_runs_in_one_folder(start, tmp_path):
     first = start(tmp_path / "run", "--max_steps=100000", "--checkpoint_interval=100000", ranks=1)
-    first.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run", "train"))
+    first.wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run", "train")
+    )
     second = start(tmp_path / "run", "--max_steps=100000", ranks=1)
     assert second.wait() == [2] and "error: a process is still training in" in second.output()
     first.signal(signal.SIGTERM)

@@ -12,16 +12,69 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from train import TrainConfig
+from recipe import TrainConfig
 
 TYPES = get_type_hints(TrainConfig)
-NUMBERS = ["0", "1", "2", "3", "4", "7", "8", "12", "16", "64", "100", "1000", "-1", "1e3", "0.5", "1e-9", "nan",
-           "inf", "-inf", "1e400", "", " ", "x", "0x10", "1_000", "٣", str(2**31 - 1), str(2**31), str(2**63 - 1),
-           str(2**63), str(10**30), "9" * 5000, "1e-320"]
-COUNTS = [text for text in NUMBERS if text.isdigit() and len(text) < 5] * 3 + NUMBERS  # most examples shall get further
-TEXTS = ["", " ", "nowhere", "/proc/x", "a/../b", "%s{}", "日本語", "-", "--", "\x00", "a" * 300, "~", "*", "None"]
-ALWAYS = settings(derandomize=True, deadline=None, database=None,
-                  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "7",
+    "8",
+    "12",
+    "16",
+    "64",
+    "100",
+    "1000",
+    "-1",
+    "1e3",
+    "0.5",
+    "1e-9",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "",
+    " ",
+    "x",
+    "0x10",
+    "1_000",
+    "٣",
+    str(2**31 - 1),
+    str(2**31),
+    str(2**63 - 1),
+    str(2**63),
+    str(10**30),
+    "9" * 5000,
+    "1e-320",
+]
+COUNTS = [
+    text for text in NUMBERS if text.isdigit() and len(text) < 5
+] * 3 + NUMBERS  # most examples shall get further
+TEXTS = [
+    "",
+    " ",
+    "nowhere",
+    "/proc/x",
+    "a/../b",
+    "%s{}",
+    "日本語",
+    "-",
+    "--",
+    "\x00",
+    "a" * 300,
+    "~",
+    "*",
+    "None",
+]
+ALWAYS = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def values(kind) -> st.SearchStrategy[str]:
@@ -31,14 +84,21 @@ def values(kind) -> st.SearchStrategy[str]:
     if kind is bool:
         return st.sampled_from(["true", "false", "True", "1", "", "maybe"])
     if kind in (int, float):
-        return st.sampled_from(COUNTS) | st.sampled_from(COUNTS) | st.integers().map(str) | st.floats().map(repr)
+        return (
+            st.sampled_from(COUNTS)
+            | st.sampled_from(COUNTS)
+            | st.integers().map(str)
+            | st.floats().map(repr)
+        )
     return st.sampled_from(TEXTS) | st.text(st.characters(codec="utf-8"), max_size=20)
 
 
 def some_of(space: dict) -> st.SearchStrategy[dict[str, str]]:
     """A few settings: of all at once, one would be wrong every time."""
     names = st.lists(st.sampled_from(sorted(space)), max_size=3, unique=True)
-    return names.flatmap(lambda chosen: st.fixed_dictionaries({name: space[name] for name in chosen}))
+    return names.flatmap(
+        lambda chosen: st.fixed_dictionaries({name: space[name] for name in chosen})
+    )
 
 
 def plan_or_line(done, *words: str) -> bool:
@@ -57,7 +117,11 @@ def small(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data"), dict.fromkeys(data.DOMAINS, splits))
 
 
-SPACE = {f.name: values(TYPES[f.name]) for f in fields(TrainConfig) if f.name not in ("data_dir", "dry_run")}
+SPACE = {
+    f.name: values(TYPES[f.name])
+    for f in fields(TrainConfig)
+    if f.name not in ("data_dir", "dry_run")
+}
 
 
 def test_train(small):
@@ -69,8 +133,17 @@ def test_train(small):
         given_flags = [f"--{name}={value}" for name, value in flags.items()]
         size = [] if "model" in flags else ["--model=tiny"]
         file = ["config/tiny_cpu.py"] if with_file else []
-        done = command("train.py", *file, f"--data_dir={small}", "--device=cpu", "--block_size=16", "--eval_windows=2",
-                       *size, *given_flags, "--dry_run")
+        done = command(
+            "train.py",
+            *file,
+            f"--data_dir={small}",
+            "--device=cpu",
+            "--block_size=16",
+            "--eval_windows=2",
+            *size,
+            *given_flags,
+            "--dry_run",
+        )
         ended[plan_or_line(done, "model ", "reweight ")] += 1
 
     check()
@@ -78,16 +151,31 @@ def test_train(small):
     assert min(ended.values()) > 40
 
 
-TEXT_FLAGS = {"split": ["train=train,val=val", "train=train", "train", "=", ",", "val=train,train=val"],
-              "schema": ["text=text,constant=web", "text=text,domain=meta.redpajama_set_name", "text", "text=a.b"],
-              "domains": ["c4", "c4,cc", "", ",", "C4", " c4 , cc "], "holdout": ["c4", "cc", "x"],
-              "part": ["1/1", "1/2", "2/2", "2/1", "0/0", "/", "1/x"], "revision": ["main"]}
+TEXT_FLAGS = {
+    "split": ["train=train,val=val", "train=train", "train", "=", ",", "val=train,train=val"],
+    "schema": [
+        "text=text,constant=web",
+        "text=text,domain=meta.redpajama_set_name",
+        "text",
+        "text=a.b",
+    ],
+    "domains": ["c4", "c4,cc", "", ",", "C4", " c4 , cc "],
+    "holdout": ["c4", "cc", "x"],
+    "part": ["1/1", "1/2", "2/2", "2/1", "0/0", "/", "1/x"],
+    "revision": ["main"],
+}
 PREPARE = {
     **{name: st.sampled_from(texts * 2 + TEXTS) for name, texts in TEXT_FLAGS.items()},
-    **{name: values(int) for name in ("max_tokens_per_domain", "skip_bad", "shard_tokens", "seed", "workers")},
-    "source": st.sampled_from(["files", "files", "files", "sample", "web", ""]), "out": values(str),
+    **{
+        name: values(int)
+        for name in ("max_tokens_per_domain", "skip_bad", "shard_tokens", "seed", "workers")
+    },
+    "source": st.sampled_from(["files", "files", "files", "sample", "web", ""]),
+    "out": values(str),
     "tokenizer": values(Literal[("bytes", "gpt2")]),
-    "input": st.sampled_from(["{corpus}", "{corpus}/train.jsonl", "{corpus}/*", "{corpus}/no", "", "**", "\x00", "["]),
+    "input": st.sampled_from(
+        ["{corpus}", "{corpus}/train.jsonl", "{corpus}/*", "{corpus}/no", "", "**", "\x00", "["]
+    ),
     **{name: st.just(None) for name in ("dedup", "overwrite", "merge")},
 }
 
@@ -102,11 +190,16 @@ def test_prepare(tmp_path):
     @settings(ALWAYS, max_examples=200)
     @given(some_of(PREPARE))
     def check(flags):
-        given_flags = [f"--{name}" if value is None else f"--{name}={value.replace('{corpus}', str(corpus))}"
-                       for name, value in flags.items()]
+        given_flags = [
+            f"--{name}" if value is None else f"--{name}={value.replace('{corpus}', str(corpus))}"
+            for name, value in flags.items()
+        ]
         source = {"source": "files", "input": corpus, "out": tmp_path / "out", "tokenizer": "bytes"}
-        base = [f"--{name}={value}" for name, value in source.items()
-                if name != "input" or flags.get("source", "files") == "files"]
+        base = [
+            f"--{name}={value}"
+            for name, value in source.items()
+            if name != "input" or flags.get("source", "files") == "files"
+        ]
         done = command("prepare_slimpajama.py", *base, *given_flags, "--dry_run")
         ended[plan_or_line(done)] += 1
 
@@ -115,13 +208,40 @@ def test_prepare(tmp_path):
     assert min(ended.values()) > 40 and not (tmp_path / "out").exists()
 
 
-ODD = st.sampled_from([None, True, -1, 0, 1, 2**16, 10**30, 0.5, "", "x", "/etc/hostname", "..", [], {}, [[]], {"a": 1},
-                       [None], "\ud800", 1e308])
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**16,
+        10**30,
+        0.5,
+        "",
+        "x",
+        "/etc/hostname",
+        "..",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        [None],
+        "\ud800",
+        1e308,
+    ]
+)
 
 
 def paths_in(content, path=()) -> list[tuple]:
     """Every place in nested dictionaries and lists."""
-    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    inside = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     return [path, *(found for key, value in inside for found in paths_in(value, (*path, key)))]
 
 
@@ -140,15 +260,30 @@ def changed(content, path: tuple, value):
 def test_manifest(small, tmp_path):
     """A manifest.json with a value changed or gone, or bytes of its text."""
     shutil.copytree(small, tmp_path / "d")
-    manifest, path, ended = json.loads((small / "manifest.json").read_text()), tmp_path / "d" / "manifest.json", [0, 0]
-    flags = ("config/tiny_cpu.py", f"--data_dir={tmp_path}/d", "--block_size=16", "--device=cpu", "--dry_run")
+    manifest, path, ended = (
+        json.loads((small / "manifest.json").read_text()),
+        tmp_path / "d" / "manifest.json",
+        [0, 0],
+    )
+    flags = (
+        "config/tiny_cpu.py",
+        f"--data_dir={tmp_path}/d",
+        "--block_size=16",
+        "--device=cpu",
+        "--dry_run",
+    )
     text = path.read_bytes()
 
     @settings(ALWAYS, max_examples=200)
-    @given(st.sampled_from(paths_in(manifest)), ODD | st.just(...), st.integers(0, len(text) - 1), st.booleans(),
-           st.sampled_from([b"", b"{", b"\xff", b"9", b'"', b"-", b"]"]))
+    @given(
+        st.sampled_from(paths_in(manifest)),
+        ODD | st.just(...),
+        st.integers(0, len(text) - 1),
+        st.booleans(),
+        st.sampled_from([b"", b"{", b"\xff", b"9", b'"', b"-", b"]"]),
+    )
     def check(place, value, at, cut, by):
-        other = text[:at] + by + text[at + 1:]
+        other = text[:at] + by + text[at + 1 :]
         path.write_bytes(other if cut else json.dumps(changed(manifest, place, value)).encode())
         ended[plan_or_line(command("train.py", *flags), "model ")] += 1
 

@@ -1,0 +1,276 @@
+"""The recipe of a run: every setting, what it may be, and what makes two runs the same."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cli import UserError
+from corpus.manifest import data_hash
+from data import MIXTURES
+from model import SIZES, GPTConfig
+from reweight import NORMS, STRATEGIES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings; each is a flag of the same name."""
+
+    # Model and data: what is trained, and on what.
+    model: Literal[("auto", *SIZES)] = "auto"  # size; auto: that of --init_from, otherwise 124m
+    init_from: str = ""  # start from gpt2, gpt2-medium, a Hugging Face folder or a run; "": random
+    block_size: int = 512  # tokens per sequence
+    dropout: float = 0.1  # probability; the paper uses 0.1
+    data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
+    out_dir: str = ""  # run folder; "": runs/MODEL_MIXTURE_REWEIGHT_seedSEED
+    mixture: Literal[tuple(MIXTURES)] = (
+        "uniform"  # how often each domain is drawn (MIXTURES, data.py)
+    )
+    seed: int = 42  # of the initial weights, the order of the data and dropout
+
+    # Reweighting: how much each sample of a step counts.
+    reweight: Literal[tuple(STRATEGIES)] = "uniform"  # strategy (STRATEGIES, reweight.py)
+    r: float = 0.4  # temperature of the weights; the larger, the closer to uniform
+    r_start: float = (
+        0.0  # let r move from this value to --r after the uniform steps; 0: r is constant
+    )
+    r_steps: int = 0  # steps that r takes from --r_start to --r
+    r_schedule: Literal["linear", "cosine"] = "linear"  # shape of that move
+    delta: float = 1.0  # normalized losses lie in [-delta, delta]
+    reweight_norm: Literal[tuple(NORMS)] = (
+        "minmax"  # what a loss is compared with (NORMS, reweight.py)
+    )
+    max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
+    reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
+    reweight_scope: Literal["global", "micro"] = (
+        "global"  # weigh the global batch or each micro-step
+    )
+
+    # Batch and optimizer: AdamW with a cosine schedule.
+    global_batch_size: int = 32  # sequences per optimizer step, over all ranks and micro-steps
+    micro_batch_size: int = 0  # sequences per rank and forward pass; 0: global batch / ranks
+    max_steps: int = 20_000  # optimizer steps
+    learning_rate: float = 5e-4  # highest learning rate
+    min_lr: float = 1e-4  # learning rate at the last step
+    warmup_steps: int = 500  # steps of linear warm-up, from 1e-7
+    weight_decay: float = 0.01  # on matrices only
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.999  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    on_nonfinite: Literal["skip", "stop"] = "skip"  # a step whose loss or gradient is not finite
+    skip_grad_norm: float = (
+        0.0  # skip steps with a gradient norm above this many medians; 0: only log
+    )
+
+    # Evaluation, checkpoints and logs: intervals are in optimizer steps.
+    eval_interval: int = 500  # steps between evaluations
+    eval_windows: int = 256  # validation windows per domain, always the same ones
+    checkpoint_interval: int = 1_000  # steps between checkpoints
+    keep_checkpoints: int = 2  # keep this many of the newest checkpoints
+    keep_every: int = 0  # also keep the checkpoints at multiples of this many steps; 0: none
+    resume: Literal["auto", "never"] = "auto"  # continue the run in --out_dir, or refuse to
+    allow_data_change: bool = False  # continue a run although its data has changed
+    log_interval: int = 10  # steps between log lines
+    record_samples: int = 0  # write each sample's loss and weight every this many steps; 0: never
+    wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is written in any case
+
+    # Machine: how it is computed; results stay the same up to rounding.
+    device: Literal["auto", "cpu", "cuda", "mps"] = (
+        "auto"  # auto: cuda, otherwise mps, otherwise cpu
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bf16 on cuda
+    compile: Literal["auto", "on", "graphs", "off"] = (
+        "auto"  # auto: on cuda; graphs: with CUDA graphs
+    )
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
+    loss_chunk: int = -1  # rows of logits computed at once; 0: all; -1: all if they fit, else 2,048
+    recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in backward
+    timeout_s: float = (
+        600.0  # seconds a rank waits for the others; late ranks are reported after 1/20
+    )
+    dry_run: bool = False  # print the plan and exit
+    doctor: bool = False  # print what a bug report needs, check this machine and the data, and exit
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float):
+                check_range(field.name, value)
+        check_combinations(self)
+
+
+POSITIVE = {
+    "block_size",
+    "r",
+    "delta",
+    "global_batch_size",
+    "max_steps",
+    "learning_rate",
+    "eval_interval",
+    "eval_windows",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+    "timeout_s",
+}
+
+# Keys that say how a run is carried out, not what it computes.
+EXECUTION_KEYS = {
+    "out_dir",
+    "micro_batch_size",
+    "eval_interval",
+    "eval_windows",
+    "resume",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "keep_every",
+    "log_interval",
+    "wandb",
+    "device",
+    "compile",
+    "dry_run",
+    "doctor",
+    "on_nonfinite",
+    "record_samples",
+    "parallel",
+    "loss_chunk",
+    "recompute",
+    "allow_data_change",
+    "timeout_s",
+}
+# A resumed run may also be longer, and its data folder may have moved: the data's hash is compared.
+MAY_CHANGE = EXECUTION_KEYS | {"max_steps", "data_dir"}
+
+
+def check_range(name: str, value: float) -> None:
+    """UserError where a number is too small or too large for its key."""
+    lowest = -1 if name == "loss_chunk" else 0
+    if name in POSITIVE and not value > 0:
+        raise UserError(f"--{name} {value}: must be above 0")
+    if not value >= lowest:  # also refuses nan
+        raise UserError(f"--{name} {value}: must be {lowest} or more")
+    bits = 63 if name == "seed" else 31
+    if value >= 2**bits:
+        raise UserError(f"--{name} {value}: must be below 2**{bits}")
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """UserError where keys are out of range or contradict each other."""
+    for name in ("dropout", "beta1", "beta2"):
+        if getattr(config, name) >= 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be below 1")
+    if config.min_lr > config.learning_rate:
+        raise UserError(
+            f"--min_lr {config.min_lr}: must not be above --learning_rate {config.learning_rate}"
+        )
+    if 0 < config.max_weight < 1:
+        raise UserError(
+            f"--max_weight {config.max_weight}: must be at least 1 (the weights' mean), "
+            "or 0 for no cap"
+        )
+    if 0 < config.skip_grad_norm <= 1:
+        raise UserError(
+            f"--skip_grad_norm {config.skip_grad_norm}: must be above 1 (the median), "
+            "or 0 to skip none"
+        )
+    if bool(config.r_start) != bool(config.r_steps):
+        raise UserError(
+            f"--r_start {config.r_start} --r_steps {config.r_steps}: give both, "
+            "or none for a constant r"
+        )
+
+
+def settle(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Replace "auto", 0 and "" by values and check what depends on the machine.
+
+    loss_chunk = -1 stays: it depends on the model's shape (runtime/memory.py).
+    """
+    device = settle_device(config)
+    micro_batch_size = settle_micro_batch(config, world_size)
+    settled = {"device": device, "micro_batch_size": micro_batch_size}
+    if config.model == "auto":
+        source = Path(config.init_from).name
+        settled["model"] = f"from_{source}" if config.init_from else "124m"
+    if config.dtype == "auto":
+        has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        settled["dtype"] = "bfloat16" if has_bf16 else "float32"
+    if config.compile == "auto":
+        settled["compile"] = "on" if device == "cuda" else "off"
+    config = replace(config, **settled)
+    if not config.out_dir:
+        name = f"{config.model}_{config.mixture}_{config.reweight}_seed{config.seed}"
+        config = replace(config, out_dir=f"runs/{name}")
+    return config
+
+
+def settle_device(config: TrainConfig) -> str:
+    """The device type to use; UserError where this machine lacks what the config asks for."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    device = config.device
+    if device == "auto":
+        device = next(name for name, is_available in available.items() if is_available)
+    if not available[device]:
+        raise UserError(f"--device {device}: there is none here; use --device auto or cpu")
+    if config.compile == "graphs" and (device != "cuda" or config.parallel == "fsdp"):
+        raise UserError(
+            f"--compile graphs --device {device} --parallel {config.parallel}: CUDA graphs need "
+            "cuda and parameters that stay in place (ddp); use --compile on"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs here, but torchrun started {processes} processes; "
+            "lower --nproc_per_node"
+        )
+    return device
+
+
+def settle_micro_batch(config: TrainConfig, world_size: int) -> int:
+    """Sequences per rank and forward pass; UserError if the global batch does not divide."""
+    global_batch = config.global_batch_size
+    micro_batch = config.micro_batch_size or global_batch // world_size
+    if micro_batch and global_batch % (micro_batch * world_size) == 0:
+        return micro_batch
+    if global_batch % world_size:
+        remedy = f"a multiple of {world_size}"
+    else:
+        remedy = f"--micro_batch_size {global_batch // world_size}"
+    raise UserError(
+        f"--global_batch_size {global_batch} is not a multiple of {micro_batch or 1} sequences x "
+        f"{world_size} ranks; use {remedy}"
+    )
+
+
+def identity(config: TrainConfig, manifest: dict, world_size: int) -> dict:
+    """What must stay the same for a run to continue: settings, data, samples weighted together."""
+    settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    weighted_together = 0  # with scope "global" the layout does not matter
+    if config.reweight_scope == "micro":
+        weighted_together = config.micro_batch_size * world_size
+    return {
+        **settings,
+        "tokenizer": manifest["tokenizer"]["sha256"][:16],
+        "data": data_hash(manifest),
+        "samples weighted together": weighted_together,
+    }
+
+
+def model_shape(config: TrainConfig, manifest: dict) -> GPTConfig:
+    """The shape of a model that is trained from scratch.
+
+    The vocabulary is padded to a multiple of 64, which makes the head's matrix product fast; the
+    rows that fill it up are never a target.
+    """
+    return replace(
+        SIZES.get(config.model, SIZES["124m"]),
+        block_size=config.block_size,
+        dropout=config.dropout,
+        vocab_size=64 * math.ceil(manifest["tokenizer"]["n_vocab"] / 64),
+    )

@@ -1,0 +1,382 @@
+"""Checkpoints as folders, `checkpoints/step_00000500/`: whole or absent, read without running code.
+
+model.pt, optimizer.pt    tensors, loaded with weights_only=True to the CPU
+state.json                step, model shape, data fingerprint, all settings, sha256 of the other two
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from cli import UserError
+from files import sync, write_text
+from model import GPT, GPTConfig
+from recipe import TrainConfig
+from runtime import distributed
+from runtime.distributed import print0
+
+FILES = ("model.pt", "optimizer.pt")
+# Keys of the identity that a flag lets differ.
+FLAGS = {"data": "allow_data_change"}
+
+
+class Found(NamedTuple):
+    """Where a run continues: the newest intact checkpoint, or step 0 without one."""
+
+    folder: Path | None = None
+    step: int = 0
+    evaluated: bool = False  # whether the evaluation that was due at this step was made
+    state: dict = {}  # the content of state.json
+
+
+# Writing
+
+
+class Writer:
+    """Writes a run's checkpoints in a thread of one rank, one at a time, while the steps go on.
+
+    keep: how many of the newest ones stay; every: those at its multiples stay too (0: none).
+    failure: why a checkpoint could not be written; nothing is written after that.
+    """
+
+    def __init__(self, out_dir: Path, keep: int, every: int):
+        self.out_dir, self.keep, self.every = Path(out_dir), keep, every
+        self.thread, self.failure = None, ""
+        tidy(out_dir)
+
+    def save(self, step: int, tensors: tuple[dict, dict], state: dict) -> None:
+        """Begin to write the checkpoint of `step`, once the previous one is done.
+
+        tensors: a copy of the whole model and optimizer state, as distributed.get_state gives it.
+        """
+        self.wait()
+        if not self.failure:
+            self.thread = threading.Thread(target=self._write, args=(step, tensors, state))
+            self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, step: int, tensors: tuple[dict, dict], state: dict) -> None:
+        try:
+            check_space(self.out_dir, tensors)
+            save(self.out_dir, step, tensors, state, self.keep, self.every)
+        except Exception as error:  # whatever it is: to go on without checkpoints would be worse
+            reason = getattr(error, "strerror", None) or repr(error).split("\\n")[0]
+            free = shutil.disk_usage(self.out_dir).free / 1e9
+            existing = steps(self.out_dir)
+            newest = "there is none before it"
+            if existing:
+                newest = f"the newest one is of step {existing[-1]}"
+            self.failure = (
+                f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}; "
+                f"{free:.2f} GB are free); {newest}; make room and give the same command again"
+            )
+
+
+def save(
+    out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int, every: int = 0
+) -> Path:
+    """Write the checkpoint of `step`, complete once it has its name; then delete outdated ones."""
+    folder = checkpoint_folder(out_dir, step)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        hashes = {}
+        for name, part in zip(FILES, tensors, strict=True):
+            hashes[name] = write_tensors(temporary / name, part)
+        content = {"step": step, **state, "sha256": hashes}
+        write_text(temporary / "state.json", json.dumps(content, indent=1))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(temporary)
+    if folder.exists():  # damaged, so that the run continued from an earlier one
+        discard(folder)
+    os.replace(temporary, folder)
+    sync(folder.parent)
+    prune(out_dir, step, keep, every)
+    return folder
+
+
+def write_tensors(path: Path, tensors: dict) -> str:
+    """torch.save to the disk -> sha256 of the file."""
+    # By name: writing through a Python file object would hold up the steps of the main thread.
+    torch.save(tensors, path)
+    with open(path, "rb") as file:
+        digest = sha256(file)
+        os.fsync(file.fileno())
+    return digest
+
+
+def sha256(file: BinaryIO) -> str:
+    """Hash of a file's content; other threads go on meanwhile."""
+    digest = hashlib.sha256()
+    while part := file.read(1 << 24):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def check_space(out_dir: Path, tensors: tuple[dict, dict]) -> None:
+    """OSError if the disk lacks room for the tensors: better than to fill it for others."""
+    needed = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+    free = shutil.disk_usage(out_dir).free
+    if free < needed * 1.01:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed")
+
+
+# Deleting
+
+
+def tidy(out_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for leftover in (Path(out_dir) / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def prune(out_dir: Path, step: int, keep: int, every: int) -> None:
+    """Delete the checkpoints that are outdated after that of `step`."""
+    for old in outdated(steps(out_dir), step, keep, every):
+        discard(checkpoint_folder(out_dir, old))
+
+
+def outdated(existing: list[int], step: int, keep: int, every: int) -> list[int]:
+    """Which of the existing checkpoints to delete after `step` was written.
+
+    Those past `step` are damaged, or the run would have continued from them.
+    """
+    intact = sorted(s for s in existing if s <= step)
+    kept = set(intact[-keep:])
+    if every:
+        kept.update(s for s in intact if s % every == 0)
+    return [s for s in existing if s not in kept]
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, which never looks like a whole one with files missing."""
+    temporary = folder.with_name(f"{folder.name}.old.tmp")
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
+
+
+# Finding
+
+
+def checkpoint_folder(out_dir: Path, step: int) -> Path:
+    return Path(out_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def steps(out_dir: Path) -> list[int]:
+    """The steps with a checkpoint, ascending; folders with other names are ignored."""
+    existing = []
+    for folder in (Path(out_dir) / "checkpoints").glob("step_*"):
+        if match := re.fullmatch(r"step_(\d{8,})", folder.name):
+            existing.append(int(match[1]))
+    return sorted(existing)
+
+
+def find_latest(out_dir: Path) -> Path | None:
+    """The newest checkpoint of a run folder, or None."""
+    existing = steps(out_dir)
+    return checkpoint_folder(out_dir, existing[-1]) if existing else None
+
+
+def find_resumable(
+    out_dir: Path, identity: dict, resume: str, max_steps: int, accept: Iterable[str] = ()
+) -> Found:
+    """Where the run in out_dir continues; UserError if out_dir holds another run.
+
+    identity: what must be the same for a run to continue, except for the keys in `accept`. It is
+    saved with each checkpoint and, for a run that stopped before its first one, in config.json.
+    """
+    config_json = Path(out_dir) / "config.json"
+    if not steps(out_dir) and not config_json.exists():
+        return Found()
+    if resume == "never":
+        raise UserError(
+            f"{out_dir} already holds a run; choose another --out_dir, or use --resume auto"
+        )
+    folder = newest_intact(out_dir)
+    state = read_json(folder / "state.json" if folder else config_json)
+    saved = state.get("identity", {})
+    differences = []
+    for key, value in identity.items():
+        if saved.get(key) != value and key not in accept:
+            hint = f" (--{FLAGS[key]} accepts it)" if key in FLAGS else ""
+            differences.append(f"{key} {saved.get(key)} there, {value} here{hint}")
+    if differences:
+        raise UserError(
+            f"{out_dir} holds another run: {'; '.join(differences)}; choose another --out_dir"
+        )
+    if folder is None:
+        return Found()
+    if state["step"] > max_steps:
+        raise UserError(
+            f"{folder} is past --max_steps {max_steps}; choose another --out_dir or more steps"
+        )
+    if state["max_steps"] != max_steps:
+        print0(
+            f"--max_steps was {state['max_steps']:,}: the learning rate goes down to --min_lr "
+            "at the new end"
+        )
+    return Found(folder, state["step"], state.get("evaluated", True), state)
+
+
+def already_finished(found: Found, config: TrainConfig) -> bool:
+    """Whether the last step is saved and evaluated.
+
+    Deletes what a kill left between the last checkpoint and the deletion of the older ones.
+    """
+    if found.step < config.max_steps or not found.evaluated:
+        return False
+    if distributed.ranks().rank == 0:
+        tidy(config.out_dir)
+        prune(config.out_dir, found.step, config.keep_checkpoints, config.keep_every)
+    print0(
+        f"{config.out_dir} is finished: step {found.step:,} of {config.max_steps:,}; nothing to do"
+    )
+    return True
+
+
+def newest_intact(out_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint, with a warning that names a damaged newer one.
+
+    None where there is no checkpoint; UserError where all are damaged, since to start from scratch
+    would be another run.
+    """
+    damage = ""
+    for step in reversed(steps(out_dir)):
+        folder = checkpoint_folder(out_dir, step)
+        try:
+            for name in FILES:
+                verify(folder, name)
+        except UserError as error:
+            damage = damage or str(error).split(";")[0]
+            continue
+        if damage:
+            print0(f"warning: {damage}; going on from {folder}")
+        return folder
+    if damage:
+        raise UserError(
+            f"{out_dir} has no intact checkpoint: {damage}; restore it, or choose another --out_dir"
+        )
+    return None
+
+
+# Reading
+
+
+def verify(folder: Path, name: str) -> None:
+    """UserError if a file of a checkpoint is not the one that was written.
+
+    This reads it from the disk; to load it afterwards takes it from the page cache.
+    """
+    path = Path(folder) / name
+    state = read_json(Path(folder) / "state.json")
+    expected = state.get("sha256", {}).get(name)  # None in older checkpoints
+    actual = None
+    try:
+        with open(path, "rb") as file:
+            if expected:
+                actual = sha256(file)
+    except FileNotFoundError:
+        raise damaged(path, "is missing") from None
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from None
+    if actual != expected:
+        raise damaged(path, "is damaged (its sha256 is not the one in state.json)")
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """The error for a file of a checkpoint that is not what was written."""
+    return UserError(f"{path} {reason}; remove {path.parent} to go on from an earlier checkpoint")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run folder that holds an object; UserError where it does not."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it or make it again") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is damaged (it holds no settings); restore it or make it again")
+    return content
+
+
+def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
+    """Model and optimizer state on the CPU; UserError if they are of another model."""
+    saved = asdict(replace(read_shape(folder), dropout=config.dropout))  # dropout may differ
+    expected = asdict(config)
+    differences = [
+        f"{key} {saved[key]} there, {expected[key]} here"
+        for key in saved
+        if saved[key] != expected[key]
+    ]
+    if differences:
+        raise UserError(f"checkpoint {folder} is of another model: {', '.join(differences)}")
+    return tuple(load_tensors(folder, name) for name in FILES)
+
+
+def read_shape(folder: Path) -> GPTConfig:
+    """The shape of the checkpoint's model."""
+    path = Path(folder) / "state.json"
+    try:
+        return GPTConfig(**read_json(path)["gpt"])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} does not say the model's shape; restore it, or use the train.py that wrote it"
+        ) from None
+
+
+def load_model(folder: Path) -> GPT:
+    """The checkpoint's model, on the CPU."""
+    verify(folder, "model.pt")
+    shape, weights = read_shape(folder), load_tensors(folder, "model.pt")
+    if not matches(shape, weights):
+        raise UserError(
+            f"{folder}: model.pt does not match the shape in state.json; restore them, or remove "
+            f"{folder} to go on from an earlier checkpoint"
+        )
+    model = GPT(shape)
+    model.load_state_dict(weights)
+    return model
+
+
+def matches(shape: GPTConfig, weights: dict) -> bool:
+    """Whether the weights are those of a model of this shape, which may be nonsense."""
+    try:
+        with torch.device("meta"):  # takes no memory, whatever the shape
+            expected = GPT(shape).state_dict()
+        sizes = {name: weight.shape for name, weight in weights.items()}
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError):
+        return False
+    return sizes == {name: weight.shape for name, weight in expected.items()}
+
+
+def load_tensors(folder: Path, name: str) -> dict:
+    path = Path(folder) / name
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        reason = "is missing"
+    except pickle.UnpicklingError:  # weights_only=True refuses to run code
+        reason = "is damaged or holds more than tensors"
+    except Exception:  # a damaged file makes the reader raise anything
+        reason = "is damaged"
+    raise damaged(path, reason)

@@ -1,0 +1,258 @@
+"""The processes of one run: who am I, gather, reduce, print. The only file that calls collectives.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process and no process group.
+`rank` is global; `local_rank` only picks the device.
+"""
+
+import functools
+import gc
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from cli import UserError
+
+# torchrun's variables, and their values for a single process.
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+class Ranks(NamedTuple):
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def ranks() -> Ranks:
+    """This process's place among the others, from torchrun's environment."""
+    values = {name: os.environ.get(name, default) for name, default in SINGLE_PROCESS.items()}
+    are_numbers = all(re.fullmatch("[0-9]{1,7}", value) for value in values.values())
+    if not are_numbers or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        shown = " ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(
+            f"{shown} in the environment: expected numbers, RANK below WORLD_SIZE; start with "
+            "torchrun, or unset them"
+        )
+    return Ranks(int(values["RANK"]), int(values["LOCAL_RANK"]), int(values["WORLD_SIZE"]))
+
+
+def setup(device_type: str, timeout_s: float = 600) -> torch.device:
+    """The device to work on; several ranks join a process group (nccl on cuda, else gloo).
+
+    timeout_s: a collective that takes longer ends the processes that wait in it.
+    """
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", ranks().local_rank)
+        torch.cuda.set_device(device)
+    if ranks().world_size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"WORLD_SIZE={ranks().world_size}, but no {name} in the environment; start "
+                    "with torchrun, or unset WORLD_SIZE"
+                )
+        timeout = timedelta(seconds=timeout_s)
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    return device
+
+
+def cleanup() -> None:
+    """Leave the process group. The caller must have dropped the data-parallel model before."""
+    if dist.is_initialized():
+        # The wrapper is part of a cycle, and with it alive some processes abort at exit.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def reported(main: Callable[[], None]) -> Callable[[], None]:
+    """`main` with its error in torchrun's report, where the rank that died first is named.
+
+    A rank's death breaks the collectives of the others, often before torchrun sees it. So the
+    others wait before they fail; torchrun takes the first failure for the cause and stops all.
+    """
+
+    @functools.wraps(main)
+    def reporting() -> None:
+        try:
+            main()
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                time.sleep(5)
+            raise
+
+    return record(reporting) if "TORCHELASTIC_RUN_ID" in os.environ else reporting
+
+
+class Agreement:
+    """The largest of all ranks' numbers, without waiting for the device.
+
+    It uses a process group of the CPUs beside the main one. Each call gives what the ranks offered
+    in their previous call, so that the exchange has a step's time.
+    """
+
+    def __init__(self, timeout_s: float):
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.largest = torch.zeros(1, dtype=torch.int64)
+        self.work = None
+
+    def __call__(self, value: int) -> int:
+        if self.group is None:
+            return value
+        agreed = 0
+        if self.work:
+            self.work.wait()
+            agreed = self.largest.item()
+        self.largest.fill_(value)
+        self.work = dist.all_reduce(
+            self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
+        return agreed
+
+
+def data_parallel(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    device: torch.device,
+    parallel: str,
+    dtype: str = "float32",
+) -> nn.Module:
+    """The model with its gradients averaged over the ranks after backward.
+
+    "ddp": every rank holds all of the model. "fsdp": each rank holds 1/W of every parameter,
+    gradient and moment, and fetches a block's parameters when it is their turn; the model is
+    changed in place. With dtype bfloat16, FSDP fetches parameters and averages gradients in
+    bfloat16; parameters, sums over micro-steps and moments stay float32.
+    """
+    if not dist.is_initialized():
+        return model
+    if parallel == "fsdp":
+        low = torch.bfloat16 if dtype == "bfloat16" else None
+        # Activations between blocks, and the embeddings, stay float32.
+        block_policy = MixedPrecisionPolicy(low, low, cast_forward_inputs=False)
+        model_policy = MixedPrecisionPolicy(None, low, cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mp_policy=block_policy)
+        return fully_shard(model, mp_policy=model_policy)
+    device_ids = [device.index] if device.type == "cuda" else None
+    # No static_graph: passes without gradients and passes without an average are other graphs.
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, skip: bool):
+    """A context in which gradients are not averaged; for the forward *and* the backward pass.
+
+    FSDP averages in every micro-step all the same: the sum of averages is the average of sums, and
+    to hold the gradients back would need room for all of them on every rank.
+    """
+    if skip and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def full(value: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has spread over the ranks; any other tensor unchanged."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """A copy of the whole model and optimizer state by parameter name, on the CPU of rank 0.
+
+    All ranks call it; it is empty on ranks other than 0.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_state_dict(model, optimizer, options=options)
+    if next(model.parameters()).device.type == "cpu":
+        # Offloading does not copy what is on the CPU, and the next step must not change the copy.
+        state = tree_map_only(Tensor, lambda value: value.detach().clone(), state)
+    return state
+
+
+def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:
+    """Load what get_state gave on rank 0, whatever the number of ranks was."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    optimizer.zero_grad()  # torch creates no moments where there are gradients
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state[0],
+        optim_state_dict=state[1],
+        options=StateDictOptions(full_state_dict=True),
+    )
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+
+def gather(values: Tensor) -> Tensor:
+    """(n,) of each rank -> (W * n,) of all ranks in the order of their ranks, on every rank."""
+    if not dist.is_initialized():
+        return values
+    gathered = values.new_empty(dist.get_world_size() * len(values))
+    # Renamed in torch 2.13.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, values.contiguous())
+    return gathered
+
+
+def reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, on every rank; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def reduce_max(values: Tensor) -> Tensor:
+    """The maximum over all ranks, on every rank; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def barrier(device: torch.device) -> None:
+    """Wait for all work of this rank's device and for all ranks; for timing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come to this call."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def backend() -> str:
+    """nccl or gloo."""
+    return dist.get_backend()
+
+
+def shared_store(name: str) -> dist.Store | None:
+    """The key-value store of all ranks, under a prefix; None for one process."""
+    if not dist.is_initialized():
+        return None
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
+def print0(*args, **kwargs) -> None:
+    """print on rank 0 only."""
+    if ranks().rank == 0:
+        print(*args, **kwargs, flush=True)

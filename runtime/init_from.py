@@ -1,0 +1,93 @@
+"""The model that a run starts with: random weights, or those of --init_from.
+
+--init_from is a Hugging Face GPT-2 (hub name or folder) or another run of train.py. Only the
+weights are taken: the optimizer, the data order and the step start anew. Layers, heads, width and
+vocabulary are the source's. So the released GPT-2 stays at 50257 rows: zero rows that pad it to
+50304 would enter the softmax.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import hf
+from cli import UserError
+from corpus import tokenizer
+from model import GPT, SIZES, GPTConfig
+from recipe import TrainConfig, model_shape
+from runtime import checkpoint
+
+
+def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) -> GPTConfig:
+    """The shape of a run's model; UserError if --init_from does not fit the settings or data.
+
+    resumed: the checkpoint that the run continues from. No weights are read.
+    """
+    shape = model_shape(config, manifest)
+    if not config.init_from:
+        return shape
+    source = str(resumed or config.init_from)
+    source_shape = read_shape(source, manifest["tokenizer"])
+    wanted = SIZES.get(config.model)
+    if wanted and describe(wanted) != describe(source_shape):
+        raise UserError(
+            f"--model {config.model} has {describe(wanted)}, but --init_from {source} has "
+            f"{describe(source_shape)}; use --model auto"
+        )
+    if shape.block_size > source_shape.block_size:
+        raise UserError(
+            f"--block_size {shape.block_size}: --init_from {source} has {source_shape.block_size} "
+            f"positions; use --block_size {source_shape.block_size} or less"
+        )
+    return replace(source_shape, block_size=shape.block_size, dropout=shape.dropout)
+
+
+def read_shape(source: str, data_tokenizer: dict) -> GPTConfig:
+    """The shape of the model at `source`; UserError if its tokenizer is not the data's.
+
+    data_tokenizer: the manifest's entry.
+    """
+    name = data_tokenizer["name"]
+    if folder := checkpoint_at(source):
+        shape = checkpoint.read_shape(folder)
+        state = checkpoint.read_json(folder / "state.json")
+        fits = state.get("tokenizer_sha256") == data_tokenizer["sha256"]
+    else:
+        shape = GPTConfig(**hf.read_shape(source))
+        fits = shape.vocab_size == data_tokenizer["n_vocab"]
+        fits = fits and tokenizer.matches_hf_tokenizer(name, source)
+    if not fits:
+        raise UserError(
+            f"--init_from {source} (vocabulary {shape.vocab_size}) has another tokenizer than the "
+            f"data ({name}, {data_tokenizer['n_vocab']}); give data prepared with the model's "
+            "tokenizer, or another model"
+        )
+    return shape
+
+
+def initial_model(config: TrainConfig, shape: GPTConfig, resumed: Path | None) -> GPT:
+    """A model of this shape on the CPU, with the weights that a new run starts with.
+
+    A resumed run overwrites them with its checkpoint's.
+    """
+    model = GPT(shape)
+    if config.init_from and not resumed:
+        folder = checkpoint_at(config.init_from)
+        if folder:
+            source = checkpoint.load_model(folder)
+        else:
+            source = GPT.from_pretrained(config.init_from)
+        weights = source.state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][: shape.block_size]
+        model.load_state_dict(weights)
+    return model
+
+
+def checkpoint_at(source: str) -> Path | None:
+    """The checkpoint that a path names, or the newest one of a run folder; else None."""
+    if (Path(source) / "state.json").is_file():
+        return Path(source)
+    return checkpoint.find_latest(Path(source))
+
+
+def describe(shape: GPTConfig) -> str:
+    return f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}"

@@ -1,0 +1,225 @@
+"""Before a run starts: the peak memory of a step, and the plan that --dry_run prints.
+
+The prediction is per rank and in bytes, from the shapes alone; docs/memory.md derives it. It is for
+plain PyTorch without torch.compile, which needs less.
+
+n = B * T tokens of a micro-batch, C channels, H heads, V vocabulary, L layers, A micro-steps, W
+ranks, e bytes of an element in matrix products (2 or 4).
+"""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from data import RunData
+from model import GPT, GPTConfig
+from recipe import TrainConfig
+from runtime import distributed
+
+CHUNK = 2_048  # rows of logits computed at once where loss_chunk is chosen here
+USABLE = 0.9  # of a device's memory; the rest is for CUDA's context, workspaces and fragmentation
+
+
+def predict(
+    gpt: GPTConfig,
+    B: int,
+    A: int = 1,
+    W: int = 1,
+    parallel: str = "ddp",
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    loss_chunk: int = 0,
+    recompute: str = "none",
+) -> dict[str, float]:
+    """Bytes of each part at the moment of a step at which their sum is largest."""
+    L, C, T = gpt.n_layer, gpt.n_embd, gpt.block_size
+    n = B * T
+    fsdp, bf16 = parallel == "fsdp" and W > 1, dtype == "bfloat16"
+    e = 2 if bf16 else 4
+    shards = W if fsdp else 1
+    block_matrices = 12 * C * C  # parameters of a block's matrices
+    table = gpt.vocab_size * C  # of the token embedding
+    root = table + (T + 2) * C  # of everything outside the blocks
+    N = L * (block_matrices + 13 * C) + root
+    kept, saved, work = block_activations(gpt, device, bf16, recompute)
+
+    # Gradients before backward (of an earlier micro-step, or DDP's buckets), and at its end.
+    gradients_before = 4 * N / shards if A > 1 or (W > 1 and not fsdp) else 0
+    gradients_after = max(gradients_before, 4 * (N - root) / shards + 4 * root)
+    # The head's part of the embedding's gradient, until the embedding's own part joins it.
+    head_gradient = 4 * table if gradients_before and not fsdp else 0
+    bf16_copies = 0  # of the float32 weights, which autocast makes
+    if bf16 and not fsdp:
+        bf16_copies = 2 * block_matrices * (L if recompute == "none" else 1)
+    dropout_mask = 0  # of the first dropout, bytes per number
+    if gpt.dropout > 0:
+        dropout_mask = 1 if device == "cuda" else 4
+
+    at_the_head = {
+        "activations": n * (L * kept + (4 + e + dropout_mask) * C + 8),
+        "logits": head(gpt, n, bf16, loss_chunk),
+        "gradients": gradients_before,
+        "bfloat16 weights": bf16_copies,
+    }
+    in_the_last_block = {  # the first one in backward
+        "activations": n * ((L - 1) * kept + saved + work),
+        "bfloat16 weights": bf16_copies,
+        "gradients": gradients_before + 4 * table + (0 if fsdp else 16 * C * C),
+    }
+    missing = 0 if gradients_before or fsdp else 32 * C * C  # its MLP's second matrix comes first
+    in_the_first_block = {
+        "activations": n * (saved + work),
+        "bfloat16 weights": 2 * block_matrices if bf16_copies else 0,
+        "gradients": gradients_after + head_gradient - missing,
+    }
+    at_the_embedding = {
+        "activations": n * 4 * C,
+        "gradients": gradients_after + head_gradient + 4 * table,
+    }
+    moments = [at_the_head, in_the_last_block, in_the_first_block, at_the_embedding]
+    largest = max(moments, key=lambda parts: sum(parts.values()))
+
+    always = {"weights and moments": 12 * N / shards}
+    if (
+        fsdp
+    ):  # embeddings and ln_f; this block, the next one, the gradients of this and the last one
+        always["fetched"] = 4 * root + 4 * e * block_matrices
+    return {**always, **largest}
+
+
+def block_activations(
+    gpt: GPTConfig, device: str, bf16: bool, recompute: str
+) -> tuple[int, int, int]:
+    """Bytes per token of a block: kept until its backward, present in it, temporary in it."""
+    C, H, T = gpt.n_embd, gpt.n_head, gpt.block_size
+    e = 2 if bf16 else 4
+    has_noise = gpt.dropout > 0
+    # In float32: the inputs of both LayerNorms and their statistics, and a number per attention
+    # head. In e: the inputs of c_attn, c_proj, c_fc and c_proj (4 C), q, k, v, and gelu's input (4
+    # C).
+    saved = (8 + 14 * e) * C + 16 + 4 * H
+    if has_noise and device == "cuda":  # masks of one byte
+        saved += 2 * C
+    elif has_noise:  # attention with dropout is not fused on a CPU: three (B, H, T, T)
+        saved += 2 * e * C + 12 * H * T - 4 * H
+    kept = saved
+    if recompute == "full":
+        kept = 4 * C
+    elif recompute == "selective":
+        kept = (4 + 10 * e) * C + 4 * H
+        if has_noise:
+            kept -= e * C + 4 * H
+    work = (4 + 4 * e) * C  # gradients of the block's output and of gelu's input
+    if bf16:
+        work += 2 * C if recompute == "none" else 4 * C
+    if recompute == "selective" or (recompute == "full" and has_noise):
+        work += e * C
+    return kept, saved, work
+
+
+def head(gpt: GPTConfig, n: int, bf16: bool, chunk: int) -> int:
+    """Bytes for the losses of n tokens: three float32 per logit, or the gradient of the weight."""
+    V = gpt.vocab_size
+    table = V * gpt.n_embd
+    bf16_copy = 2 * table if bf16 else 0
+    if 0 < chunk < n:
+        logits = 12 * V * chunk + 4 * table + bf16_copy
+        two_gradients_and_sum = 12 * table
+        gradients = 4 * V * chunk + 8 * table + bf16_copy
+        return max(logits, gradients, two_gradients_and_sum)
+    return max(12 * V * n, 4 * V * n + 4 * table) + bf16_copy
+
+
+def predict_for_config(config: TrainConfig, gpt: GPTConfig, W: int) -> dict[str, float]:
+    """`predict` for a settled config."""
+    B = config.micro_batch_size
+    A = config.global_batch_size // (W * B)
+    return predict(
+        gpt,
+        B,
+        A,
+        W,
+        config.parallel,
+        config.device,
+        config.dtype,
+        config.loss_chunk,
+        config.recompute,
+    )
+
+
+def settle_loss_chunk(config: TrainConfig, gpt: GPTConfig, W: int) -> TrainConfig:
+    """Replace loss_chunk = -1 by 0, or by CHUNK where all logits would not fit."""
+    if config.loss_chunk != -1:
+        return config
+    all_at_once = replace(config, loss_chunk=0)
+    needed = sum(predict_for_config(all_at_once, gpt, W).values())
+    if needed <= USABLE * device_bytes(config.device):
+        return all_at_once
+    return replace(config, loss_chunk=CHUNK)
+
+
+def device_bytes(device: str) -> float:
+    """Memory of this rank's GPU; elsewhere this rank's share of the machine's memory."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(distributed.ranks().local_rank).total_memory
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# The plan
+
+
+def describe(config: TrainConfig, gpt: GPTConfig, data: RunData, W: int) -> str:
+    """What a settled config is going to do on W ranks, in a few lines."""
+    with torch.device("meta"):
+        n_parameters = GPT(gpt).n_parameters()
+    A = config.global_batch_size // (W * config.micro_batch_size)
+    tokens = config.global_batch_size * config.block_size
+    return "\n".join(
+        [
+            f"model      {config.model}: {n_parameters:,} parameters, vocabulary {gpt.vocab_size}",
+            f"memory     {describe_memory(config, gpt, W)}",
+            f"batch      {config.global_batch_size} sequences x {config.block_size} tokens = "
+            f"{tokens:,} tokens a step: {W} ranks ({config.parallel}) x {A} micro-steps x "
+            f"{config.micro_batch_size} sequences",
+            f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, "
+            f"{config.device}, {config.dtype}, compile {config.compile}, in {config.out_dir}",
+            f"reweight   {describe_weights(config, A)}",
+            f"mixture    {describe_mixture(config, data)}",
+        ]
+    )
+
+
+def describe_memory(config: TrainConfig, gpt: GPTConfig, W: int) -> str:
+    parts = predict_for_config(config, gpt, W)
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    return (
+        f"{sum(parts.values()) / 1e9:.2f} GB per rank predicted for a step, without compile: "
+        f"{listed} (loss_chunk {config.loss_chunk}, recompute {config.recompute})"
+    )
+
+
+def describe_weights(config: TrainConfig, A: int) -> str:
+    if config.reweight == "uniform":
+        return "uniform"
+    r = f"r {config.r}"
+    if config.r_start:
+        r += f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)"
+    uniform_steps = f"after {config.reweight_warmup_steps:,} uniform steps"
+    parts = [config.reweight, r, config.reweight_norm, uniform_steps]
+    if config.max_weight:
+        parts.append(f"at most {config.max_weight} / G")
+    if A > 1 and config.reweight_scope == "global":
+        parts.append("with a first pass for the losses (about a third more compute)")
+    return ", ".join(parts)
+
+
+def describe_mixture(config: TrainConfig, data: RunData) -> str:
+    """The mixture, with each domain's probability and the epochs that the run makes of it."""
+    samples = config.max_steps * config.global_batch_size
+    domains = []
+    for i, domain in enumerate(data.train.domains):
+        if p := data.sampler.weights[i]:
+            domains.append(f"{domain} {p:.3f} x {samples / data.train.n_windows[i]:.2f}")
+    return f"{config.mixture} (probability x windows drawn / windows there): {', '.join(domains)}"

@@ -1,0 +1,168 @@
+"""Where the records of a run go: metrics.jsonl (the source of truth), the tqdm bar, wandb."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import UserError
+from files import lock, write_text
+
+
+class Metrics:
+    """Writes the records of a run; rank 0 alone has one.
+
+    A resumed run drops the lines past its checkpoint, which it is about to write again.
+    failure: why a line could not be written.
+    """
+
+    def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
+        out_dir = Path(out_dir)
+        self.path = out_dir / "metrics.jsonl"
+        self.failure = ""
+        busy = f"a process is still training in {out_dir}"
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lock(self.path, busy, wait=10).close()  # a killed torchrun leaves its workers behind
+            write_text(out_dir / "config.json", json.dumps({**config, **versions()}, indent=1))
+            keep_lines_until(start_step, self.path)
+            self.file = lock(self.path, busy)
+        except OSError as error:
+            raise UserError(
+                f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made and "
+                "written to, with room on its disk"
+            ) from None
+        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self.wandb = None
+        if config["wandb"] != "off":
+            self.wandb = start_wandb(out_dir, config)
+
+    def log(self, record: dict) -> None:
+        self.append(json.dumps(record) + "\n")
+        if self.failure:  # standard error may be on the same disk
+            return
+        step = record["step"]
+        self.bar.update(step - self.bar.n)
+        if record["kind"] == "train":
+            loss, speed = record["loss"], record["tokens_per_s"]
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        elif text := describe(record):
+            self.bar.write(f"step {step:>6}: {text}")
+        if self.wandb:
+            values = {key: value for key, value in record.items() if key != "kind"}
+            self.wandb.log({record["kind"]: values}, step=step)
+
+    def append(self, line: str) -> None:
+        """Write the whole line or nothing of it; `failure` says why it could not be written."""
+        file, rest = self.file.fileno(), line.encode()
+        size_before = os.fstat(file).st_size
+        try:
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        except OSError as error:
+            os.truncate(self.path, size_before)
+            self.failure = no_room(self.path, error)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def describe(record: dict) -> str:
+    """A record as text for the terminal; "" for kinds that are not shown."""
+    if record["kind"] == "skip":
+        return (
+            f"skipped, {record['reason']} not finite; {len(record['samples'])} samples named in "
+            "metrics.jsonl"
+        )
+    if record["kind"] == "spike":
+        skipped = ", skipped" if record["skipped"] else ""
+        return f"gradient norm {record['grad_norm']:.3g}, above {record['limit']:.3g}{skipped}"
+    if record["kind"] == "eval":
+        worst = record["worst_domain"]
+        worst_loss = record["domains"][worst]["loss"]
+        return f"validation {record['mean_loss']:.4f} nats, worst {worst} {worst_loss:.4f}"
+    return ""
+
+
+def start_wandb(out_dir: Path, config: dict):
+    """The run's page; a resumed run continues in its own one, and no other folder's run does."""
+    import wandb  # slow to import, and most runs do without
+
+    run_id = hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:8]
+    try:
+        return wandb.init(
+            project="nanoreweight",
+            name=out_dir.name,
+            dir=str(out_dir),
+            config=config,
+            mode=config["wandb"],
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--wandb {config['wandb']}: {reason}; log in (wandb login), or use --wandb offline"
+        ) from None
+
+
+def no_room(path: Path, error: OSError) -> str:
+    """The error message for a file that a run cannot add to."""
+    return (
+        f"{path} cannot be written ({error.strerror}); the checkpoints are intact; make room and "
+        "give the same command again"
+    )
+
+
+@cache  # asked for at every checkpoint
+def versions() -> dict:
+    """What a result depends on besides the config."""
+    git = ["git", "rev-parse", "HEAD"]
+    root = Path(__file__).parents[1]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False, cwd=root)
+        commit = done.stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {
+        "git_commit": commit or None,
+        "command": " ".join(sys.argv),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, without lines that a kill or a full disk cut short."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+            records.append(record)
+    return records
+
+
+def keep_lines_until(step: int, path: Path) -> None:
+    """Drop the records past a step; all of them where the run starts from scratch."""
+    records = read_lines(path) if step else []
+    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
+    write_text(path, "".join(kept))

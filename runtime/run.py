@@ -1,0 +1,171 @@
+"""Everything around the steps of a run: signals, watchdog, metrics, checkpoints; closed in order.
+
+with Run(...) as run:
+    ...                          # build the model; nothing is written to the run folder yet
+    run.open_files(telemetry)
+    ...                          # the steps
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+from data import RunData
+from model import GPTConfig
+from recipe import TrainConfig
+from runtime import checkpoint, distributed
+from runtime.metrics import Metrics, versions
+from runtime.telemetry import Telemetry
+from runtime.watch import FAILED, Stop, Watchdog, command
+from step import Trainer, lr_at, r_at
+
+
+class Run:
+    """A context manager. After an exception it closes nothing: a failing rank must not wait.
+
+    identity: what must stay the same for the run to be resumed (recipe.identity).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        shape: GPTConfig,
+        data: RunData,
+        identity: dict,
+        found: checkpoint.Found,
+        device: torch.device,
+    ):
+        self.config, self.shape, self.data = config, shape, data
+        self.identity, self.found, self.device = identity, found, device
+        self.out_dir = Path(config.out_dir)
+        self.step, self.finished = found.step, False
+        self.metrics = self.writer = None  # of rank 0 alone
+        self.logged_step, self.logged_time = found.step, time.perf_counter()
+
+    def __enter__(self) -> "Run":
+        self.stop = Stop(self.config.timeout_s)
+        self.watchdog = Watchdog(self.found.step, self.config.timeout_s)
+        own_step = torch.tensor([self.found.step], device=self.device)
+        steps = sorted(set(distributed.gather(own_step).tolist()))
+        if len(steps) > 1:
+            raise UserError(
+                f"the ranks found checkpoints of different steps ({steps}); --out_dir "
+                f"{self.out_dir} must be one folder that all nodes see"
+            )
+        return self
+
+    def open_files(self, telemetry: Telemetry) -> None:
+        """Begin to write to the run folder, once nothing can refuse the run any more."""
+        config = self.config
+        if distributed.ranks().rank == 0:
+            world_size = distributed.ranks().world_size
+            saved = {**asdict(config), "world_size": world_size, "identity": self.identity}
+            self.metrics = Metrics(self.out_dir, saved, self.found.step, config.max_steps)
+            self.writer = checkpoint.Writer(
+                self.out_dir, config.keep_checkpoints, config.keep_every
+            )
+            self.stop.parts = [self.writer, self.metrics, telemetry]
+        self.logged_time = time.perf_counter()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            return
+        if self.writer:
+            self.writer.wait()
+            self.metrics.close()
+        self.watchdog.close()
+        distributed.cleanup()
+
+    def end(self, step: int, finished: bool) -> None:
+        """Note at which step the run ends, and whether that was its last one, evaluated."""
+        self.step, self.finished = step, finished
+
+    def fail(self, reason: str) -> None:
+        """Note why the run cannot go on."""
+        self.stop.reason = self.stop.reason or reason
+
+    def outcome(self) -> str:
+        """The last line of a run; UserError if it failed."""
+        if self.stop.failure:
+            raise UserError(self.stop.failure)
+        if self.finished:
+            table = f"python eval/perplexity.py --run {self.out_dir}"
+            return f"finished: {self.out_dir}; per-domain table: {table}"
+        return f"stopped by {self.stop.name} at step {self.step:,}; resume with: {command()}"
+
+    # Logging
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Time inside is not training time."""
+        began = time.perf_counter()
+        yield
+        self.logged_time += time.perf_counter() - began
+
+    def log(self, record: dict) -> None:
+        if self.metrics:
+            self.metrics.log(record)
+
+    def log_steps(self, step: int, telemetry: Telemetry) -> None:
+        """Log what the steps since the last call did. This waits for the device."""
+        if not telemetry.pending:
+            return
+        statistics, events = telemetry.flush()
+        for event in events:
+            self.log(event)
+        now = time.perf_counter()
+        if statistics:
+            tokens_per_step = self.config.global_batch_size * self.config.block_size
+            new_tokens = (step - self.logged_step) * tokens_per_step
+            self.log(
+                {
+                    "kind": "train",
+                    "step": step,
+                    **statistics,
+                    "lr": lr_at(step - 1, self.config),
+                    "r": r_at(step - 1, self.config),
+                    "tokens": step * tokens_per_step,
+                    "tokens_per_s": new_tokens / (now - self.logged_time),
+                }
+            )
+        self.logged_step, self.logged_time = step, now
+
+    def log_eval(self, step: int, record: dict, histograms: dict) -> None:
+        """Log an evaluation, and the histograms of the steps since the last one."""
+        self.log({"kind": "eval", "step": step, **record})
+        if histograms:
+            self.log({"kind": "histogram", "step": step, **histograms})
+
+    # Checkpoints
+
+    def save(self, step: int, trainer: Trainer, evaluated: bool = True) -> None:
+        """Begin to write the checkpoint of `step`, unless the run has failed. All ranks call it.
+
+        evaluated: whether the evaluation that is due at this step was made.
+        """
+        if self.stop.agreed == FAILED:
+            return
+        if self.writer:
+            self.writer.wait()
+        tensors, numbers = trainer.state_dict()  # collective, so before rank 0 decides
+        if not self.writer:
+            return
+        self.fail(self.data.train.changed() or self.data.val.changed())
+        if self.stop.reason:
+            return
+        state = {
+            "gpt": asdict(self.shape),
+            "max_steps": self.config.max_steps,
+            "identity": self.identity,
+            "evaluated": evaluated,
+            "data_dir": self.config.data_dir,
+            "tokenizer_sha256": self.data.manifest["tokenizer"]["sha256"],
+            **numbers,
+            "versions": versions(),
+        }
+        self.writer.save(step, tensors, state)

@@ -1,0 +1,245 @@
+"""One optimizer step, and everything that a step changes.
+
+n = G / W sequences of this rank, B of a micro-batch, A = n / B micro-batches, T tokens, D domains;
+G is the global batch and W the number of ranks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data import Batch
+from model import GPT
+from recipe import TrainConfig
+from reweight import domain_means, sample_weights, track_domain_losses
+from runtime import distributed
+
+WINDOW = 100  # the median gradient norm is taken over this many newest steps
+SPIKE = 10.0  # report gradient norms above this multiple of the median
+UNFILLED = torch.finfo(torch.float32).max  # a slot of Guard.norms that is not used yet
+
+
+class StepResult(NamedTuple):
+    """What a step gives; all tensors stay on the device."""
+
+    losses: Tensor  # (n,) sample losses of this rank in nats
+    weights: Tensor  # (n,) weights of this rank's samples; over all ranks they sum to 1
+    grad_norm: Tensor  # norm of the gradient before clipping
+    limits: Tensor  # (2,) largest norm that is taken, largest norm that is no spike
+    taken: Tensor  # bool; False: parameters and moments are as before, on all ranks
+
+
+class Trainer:
+    """Owns what a step changes: model, optimizer, running domain losses and recent gradient norms.
+
+    raw: the model itself; `model` is the same one, wrapped for several ranks.
+    domain_losses: (2, D), for reweight_norm = "domain".
+    """
+
+    def __init__(self, raw: GPT, config: TrainConfig, n_domains: int, device: torch.device):
+        self.config, self.device = config, device
+        self.raw = raw.to(device)
+        self.raw.loss_chunk, self.raw.recompute = config.loss_chunk, config.recompute
+        if config.compile != "off":
+            self.raw.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
+        if config.compile == "graphs":
+            # Gradients keep memory of their own: the graph would write the next micro-step's over
+            # them.
+            for parameter in self.raw.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self.model = distributed.data_parallel(
+            self.raw, self.raw.h, device, config.parallel, config.dtype
+        )
+        self.optimizer = make_optimizer(self.raw, config)
+        self.domain_losses = torch.zeros(2, n_domains, device=device)
+        self.guard = Guard(device, config.skip_grad_norm, config.on_nonfinite)
+
+    def step(self, step: int, batch: Batch) -> StepResult:
+        """One optimizer step on the global batch; nothing waits for the device.
+
+        Where the gradient's norm is not finite or above Guard's limit, the step is skipped.
+        """
+        x = batch.x.to(self.device, non_blocking=True)  # (n, T)
+        y = batch.y.to(self.device, non_blocking=True)  # (n, T)
+        expected = None
+        if self.config.reweight_norm == "domain":
+            domain = batch.domain.to(self.device, non_blocking=True)  # (G,)
+            expected = self.expected_losses(domain, len(x))
+        limits = self.guard.limits(step)
+        losses, weights = self.backward(step, x, y, expected)
+
+        clip = self.config.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        grad_norm = distributed.full(grad_norm)
+        taken = grad_norm.isfinite() & (grad_norm <= limits[0])
+        self.optimizer.found_inf = (
+            ~taken
+        ).float()  # read on the device: 1 makes the step change nothing
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step, self.config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.config.compile != "graphs")
+
+        self.guard.add(step, grad_norm, taken)
+        if self.config.reweight_norm == "domain":
+            losses_of_all = distributed.gather(losses)  # (G,)
+            updated = track_domain_losses(self.domain_losses, losses_of_all, domain)
+            self.domain_losses = torch.where(taken, updated, self.domain_losses)
+        return StepResult(losses, weights, grad_norm, limits, taken)
+
+    def expected_losses(self, domain: Tensor, n: int) -> Tensor:
+        """(G,) domains -> (n,) running mean loss of the domain of each sample of this rank."""
+        first = distributed.ranks().rank * n
+        return domain_means(self.domain_losses)[domain[first : first + n]]
+
+    def backward(
+        self, step: int, x: Tensor, y: Tensor, expected: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of sum_i w_i l_i over the global batch -> (n,) losses and (n,) weights.
+
+        expected: (n,) losses that are subtracted from the samples' own before they are weighted.
+        """
+        config, world_size = self.config, distributed.ranks().world_size
+        n, B = len(x), config.micro_batch_size
+        starts = range(0, n, B)  # of the micro-batches
+        strategy = config.reweight if step >= config.reweight_warmup_steps else "uniform"
+
+        weights = None  # not known before a micro-batch's forward pass
+        if strategy == "uniform":
+            weights = torch.full((n,), 1 / (world_size * n), device=x.device)
+        elif config.reweight_scope == "global" and len(starts) > 1:
+            # A pass of its own: the weights need all G losses before the first backward.
+            with torch.no_grad():
+                losses = torch.cat([self.sample_losses(step, x, y, i) for i in starts])
+            weights = self.own_weights(step, strategy, losses, expected)
+
+        results = []
+        for i in starts:
+            with distributed.no_sync(self.model, skip=i != starts[-1]):
+                losses = self.sample_losses(step, x, y, i)
+                if weights is not None:
+                    w = weights[i : i + B]
+                else:
+                    expected_here = None if expected is None else expected[i : i + B]
+                    w = self.own_weights(step, strategy, losses.detach(), expected_here)
+                    w = w / len(starts)
+                # 0 * loss is NaN for a loss that is not finite, so that the gradient's average is
+                # NaN on every rank. This is the one place for the factor W: gradients are averaged
+                # over the ranks, and we want the sum of their parts.
+                objective = world_size * ((w + 0 * losses.detach()) * losses).sum()
+                objective.backward()
+            results.append(torch.stack([losses.detach(), w]))
+        losses, weights = torch.cat(results, dim=1)
+        return losses, weights
+
+    def sample_losses(self, step: int, x: Tensor, y: Tensor, first: int) -> Tensor:
+        """(B,) losses of the micro-batch that begins with this rank's sample `first`."""
+        config = self.config
+        # Dropout noise depends on the step and the micro-batch's first sample alone: both passes,
+        # any layout and a resumed run see the same.
+        first_of_all = distributed.ranks().rank * len(x) + first
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + first_of_all) % 2**63)
+        rows = slice(first, first + config.micro_batch_size)
+        bf16 = config.dtype == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return self.model(x[rows], y[rows]).mean(1)
+
+    def own_weights(
+        self, step: int, strategy: str, losses: Tensor, expected: Tensor | None
+    ) -> Tensor:
+        """(m,) losses of this rank -> (m,) weights among the losses of all ranks."""
+        config, rank, m = self.config, distributed.ranks().rank, len(losses)
+        if expected is not None:
+            losses = losses - expected
+        weights = sample_weights(
+            distributed.gather(losses),
+            strategy,
+            r_at(step, config),
+            config.delta,
+            config.reweight_norm,
+            config.max_weight,
+        )
+        return weights[rank * m : (rank + 1) * m]
+
+    def state_dict(self) -> tuple[tuple[dict, dict], dict]:
+        """What a checkpoint holds: model and optimizer tensors, and numbers. All ranks call it."""
+        tensors = distributed.get_state(self.raw, self.optimizer)
+        numbers = {
+            "domain_losses": self.domain_losses.tolist(),
+            "grad_norms": self.guard.norms.tolist(),
+        }
+        return tensors, numbers
+
+    def load_state(self, tensors: tuple[dict, dict], numbers: dict) -> None:
+        """Continue from what state_dict gave, whatever the number of ranks."""
+        distributed.set_state(self.raw, self.optimizer, tensors)
+        self.domain_losses.copy_(torch.tensor(numbers["domain_losses"]))
+        self.guard.norms.copy_(torch.tensor(numbers["grad_norms"]))
+
+
+class Guard:
+    """Decides on the device, without asking the host, whether a step is taken.
+
+    norms: (WINDOW,) gradient norms of the newest taken steps, that of step s at s % WINDOW.
+    """
+
+    def __init__(self, device: torch.device, skip_grad_norm: float, on_nonfinite: str):
+        self.skip_grad_norm = skip_grad_norm
+        self.stops = on_nonfinite == "stop"
+        self.norms = torch.full((WINDOW,), UNFILLED, device=device)
+        self.halted = torch.zeros((), dtype=torch.bool, device=device)
+
+    def limits(self, step: int) -> Tensor:
+        """(2,): the largest norm with which `step` is taken, and the largest that is no spike.
+
+        With on_nonfinite = "stop", no norm is small enough once one was not finite.
+        """
+        spike = torch.full((), math.inf, device=self.norms.device)
+        if step >= WINDOW // 2:
+            # The step tells how many slots are filled; to ask the device would wait for it.
+            median = self.norms.sort().values[(min(step, WINDOW) - 1) // 2]
+            spike = (self.skip_grad_norm or SPIKE) * median
+        limit = spike if self.skip_grad_norm else torch.full_like(spike, math.inf)
+        return torch.stack([limit.masked_fill(self.halted, -1.0), spike])
+
+    def add(self, step: int, norm: Tensor, taken: Tensor) -> None:
+        """Record the norm of `step` if it was taken."""
+        slot = step % WINDOW
+        self.norms[slot] = torch.where(taken, norm, self.norms[slot])
+        if self.stops:
+            self.halted |= ~norm.isfinite()
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, none on biases and LayerNorm."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Learning rate: linear from 1e-7 over warmup_steps, then a cosine to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return 1e-7 + (config.learning_rate - 1e-7) * step / config.warmup_steps
+    decay_steps = max(1, config.max_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / decay_steps
+    height = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
+
+def r_at(step: int, config: TrainConfig) -> float:
+    """Temperature of a step's weights: r, or on the way from r_start to r."""
+    if not config.r_start:
+        return config.r
+    progress = (step - config.reweight_warmup_steps) / config.r_steps
+    progress = min(1.0, max(0.0, progress))
+    if config.r_schedule == "cosine":
+        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+    return config.r_start + (config.r - config.r_start) * progress
