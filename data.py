@@ -22,7 +22,6 @@ from torch import Tensor
 
 from cli import UserError
 from corpus.manifest import DOMAINS, in_order, kinds_path, read_manifest
-from runtime import distributed
 
 # name -> probability of each domain, on any scale; a domain left out is not trained on.
 # "natural": in proportion to the training tokens.
@@ -368,9 +367,10 @@ def open_data(
     return RunData(manifest, train, val, validation_windows(val, eval_windows), sampler)
 
 
-def batches(data: RunData, first_step: int, max_steps: int, pin: bool = False) -> Iterator[Batch]:
-    """This rank's part of each step, read ahead in the background. pin: for copies to a GPU."""
-    rank, _, world_size = distributed.ranks()
+def batches(
+    data: RunData, first_step: int, max_steps: int, rank: int, world_size: int, pin: bool = False
+) -> Iterator[Batch]:
+    """A rank's part of each step, read ahead in the background. pin: for copies to a GPU."""
     n = data.sampler.global_batch_size // world_size
 
     def read(step: int) -> Batch:

@@ -274,3 +274,24 @@ def model_shape(config: TrainConfig, manifest: dict) -> GPTConfig:
         dropout=config.dropout,
         vocab_size=64 * math.ceil(manifest["tokenizer"]["n_vocab"] / 64),
     )
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Learning rate: linear from 1e-7 over warmup_steps, then a cosine to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return 1e-7 + (config.learning_rate - 1e-7) * step / config.warmup_steps
+    decay_steps = max(1, config.max_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / decay_steps
+    height = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
+
+def r_at(step: int, config: TrainConfig) -> float:
+    """Temperature of a step's weights: r, or on the way from r_start to r."""
+    if not config.r_start:
+        return config.r
+    progress = (step - config.reweight_warmup_steps) / config.r_steps
+    progress = min(1.0, max(0.0, progress))
+    if config.r_schedule == "cosine":
+        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+    return config.r_start + (config.r - config.r_start) * progress

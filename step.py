@@ -5,30 +5,20 @@ G is the global batch and W the number of ranks.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data import Batch
 from model import GPT
-from recipe import TrainConfig
+from recipe import TrainConfig, lr_at, r_at
 from reweight import domain_means, sample_weights, track_domain_losses
 from runtime import distributed
+from runtime.telemetry import StepResult
 
 WINDOW = 100  # the median gradient norm is taken over this many newest steps
 SPIKE = 10.0  # report gradient norms above this multiple of the median
 UNFILLED = torch.finfo(torch.float32).max  # a slot of Guard.norms that is not used yet
-
-
-class StepResult(NamedTuple):
-    """What a step gives; all tensors stay on the device."""
-
-    losses: Tensor  # (n,) sample losses of this rank in nats
-    weights: Tensor  # (n,) weights of this rank's samples; over all ranks they sum to 1
-    grad_norm: Tensor  # norm of the gradient before clipping
-    limits: Tensor  # (2,) largest norm that is taken, largest norm that is no spike
-    taken: Tensor  # bool; False: parameters and moments are as before, on all ranks
 
 
 class Trainer:
@@ -222,24 +212,3 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
-
-
-def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate: linear from 1e-7 over warmup_steps, then a cosine to min_lr at max_steps."""
-    if step < config.warmup_steps:
-        return 1e-7 + (config.learning_rate - 1e-7) * step / config.warmup_steps
-    decay_steps = max(1, config.max_steps - config.warmup_steps)
-    progress = (step - config.warmup_steps) / decay_steps
-    height = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (config.learning_rate - config.min_lr) * height
-
-
-def r_at(step: int, config: TrainConfig) -> float:
-    """Temperature of a step's weights: r, or on the way from r_start to r."""
-    if not config.r_start:
-        return config.r
-    progress = (step - config.reweight_warmup_steps) / config.r_steps
-    progress = min(1.0, max(0.0, progress))
-    if config.r_schedule == "cosine":
-        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
-    return config.r_start + (config.r - config.r_start) * progress

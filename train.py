@@ -76,7 +76,9 @@ def train(run: Run) -> None:
         data.train, config.out_dir, found.step, config.record_samples, config.on_nonfinite
     )
     run.open_files(telemetry)
-    stream = batches(data, found.step, config.max_steps, pin=run.device.type == "cuda")
+    rank, _, world_size = distributed.ranks()
+    pin = run.device.type == "cuda"
+    stream = batches(data, found.step, config.max_steps, rank, world_size, pin)
 
     for step in range(found.step, config.max_steps + 1):
         first, last = step == found.step, step == config.max_steps
@@ -91,7 +93,7 @@ def train(run: Run) -> None:
             run.log_steps(step, telemetry)
         if telemetry.too_many_skipped:
             # A skipped step changes nothing, so this is the state before the first of them.
-            run.save(telemetry.skipped[0] - 1, trainer)
+            run.save(telemetry.skipped[0] - 1, trainer.state_dict)
             run.fail(telemetry.why_stopped())
             break
 
@@ -116,7 +118,7 @@ def train(run: Run) -> None:
             makes_up = first and found.folder and not found.evaluated and not eval_due
             save_due = last or halt or (checkpoint_due and not telemetry.skipped)
             if save_due and (makes_up or not first):
-                run.save(step, trainer, evaluated=not eval_due)
+                run.save(step, trainer.state_dict, evaluated=not eval_due)
         if last or halt:
             run.end(step, finished=last and not eval_due)
             break

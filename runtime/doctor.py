@@ -36,7 +36,10 @@ Line = tuple[str, str, str]  # "ok", "warning" or "wrong"; what was checked; wha
 
 def examine(config: TrainConfig) -> None:
     """Print everything for a config that is not settled; exit code 1 where something is wrong."""
-    is_first = os.environ.get("RANK", "0") == "0"  # the variable itself may be wrong
+    try:
+        is_first = distributed.ranks().rank == 0
+    except UserError:  # the launcher's variables are wrong, which is one of the lines below
+        is_first = True
     if is_first:
         print(collect_env.get_pretty_env_info())
     checks = [code, packages, ranks, gpus, limits, out_dir, tokenizers, data_dir]

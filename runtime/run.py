@@ -7,7 +7,7 @@ with Run(...) as run:
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +17,11 @@ import torch
 from cli import UserError
 from data import RunData
 from model import GPTConfig
-from recipe import TrainConfig
+from recipe import TrainConfig, lr_at, r_at
 from runtime import checkpoint, distributed
 from runtime.metrics import Metrics, versions
 from runtime.telemetry import Telemetry
 from runtime.watch import FAILED, Stop, Watchdog, command
-from step import Trainer, lr_at, r_at
 
 
 class Run:
@@ -143,16 +142,17 @@ class Run:
 
     # Checkpoints
 
-    def save(self, step: int, trainer: Trainer, evaluated: bool = True) -> None:
+    def save(self, step: int, state_dict: Callable, evaluated: bool = True) -> None:
         """Begin to write the checkpoint of `step`, unless the run has failed. All ranks call it.
 
+        state_dict: that of the Trainer.
         evaluated: whether the evaluation that is due at this step was made.
         """
         if self.stop.agreed == FAILED:
             return
         if self.writer:
             self.writer.wait()
-        tensors, numbers = trainer.state_dict()  # collective, so before rank 0 decides
+        tensors, numbers = state_dict()  # collective, so before rank 0 decides
         if not self.writer:
             return
         self.fail(self.data.train.changed() or self.data.val.changed())

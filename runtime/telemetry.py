@@ -20,7 +20,6 @@ import data
 from files import write_bytes
 from runtime import distributed
 from runtime.metrics import no_room
-from step import StepResult
 
 # One sample of one step. domain: index into the domains of the training split; weight: times G.
 SAMPLE = np.dtype(
@@ -28,6 +27,16 @@ SAMPLE = np.dtype(
 )
 BINS = 50  # of a histogram
 MAX_SKIPPED = 20  # skipped steps in a row before the run ends
+
+
+class StepResult(NamedTuple):
+    """What a step gives; all tensors stay on the device."""
+
+    losses: Tensor  # (n,) sample losses of this rank in nats
+    weights: Tensor  # (n,) weights of this rank's samples; over all ranks they sum to 1
+    grad_norm: Tensor  # norm of the gradient before clipping
+    limits: Tensor  # (2,) largest norm that is taken, largest norm that is no spike
+    taken: Tensor  # bool; False: parameters and moments are as before, on all ranks
 
 
 class PendingStep(NamedTuple):

@@ -179,16 +179,14 @@ def test_global_batches_are_identical_for_any_layout(tmp_path):
         tmp_path,
         {d: {"train": np.roll(tokens, i), "val": tokens[:50]} for i, d in enumerate(data.DOMAINS)},
     )
+    run_data = data.open_data(str(tmp_path), 16, "doge", 16, 42, 1)
+
     def batch(W):
         parts = []
         for rank in range(W):
-            with pytest.MonkeyPatch.context() as patch:
-                for key, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", W)):
-                    patch.setenv(key, str(value))
-                run_data = data.open_data(str(tmp_path), 16, "doge", 16, 42, 1)
-                step = list(data.batches(run_data, 9, 12))[2]
-                parts.append(step.x)
-                assert torch.equal(step.domain, torch.from_numpy(step.pairs[:, 0]))
+            step = list(data.batches(run_data, 9, 12, rank, W))[2]
+            assert torch.equal(step.domain, torch.from_numpy(step.pairs[:, 0]))
+            parts.append(step.x)
         return torch.cat(parts), step.pairs
 
     x, pairs = batch(1)

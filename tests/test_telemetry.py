@@ -10,8 +10,7 @@ from conftest import write_shards
 import data
 from corpus.manifest import read_manifest
 from runtime import telemetry
-from runtime.telemetry import SAMPLE, Telemetry, histogram, weight_statistics
-from step import StepResult
+from runtime.telemetry import SAMPLE, StepResult, Telemetry, histogram, weight_statistics
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import data
 from cli import parse
 from corpus.manifest import read_manifest
 from data import Batch, validation_windows
-from recipe import TrainConfig
+from recipe import TrainConfig, lr_at, r_at
 from reweight import STRATEGIES
 from runtime import checkpoint, telemetry
-from step import Trainer, lr_at, make_optimizer, r_at
+from step import Trainer, make_optimizer
 
 SMALL = (
     "config/tiny_cpu.py",
