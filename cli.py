@@ -175,9 +175,8 @@ def read_config_file(path: str, parser: Parser) -> list[str]:
             continue
         if not isinstance(value, str | int | float):
             raise UserError(f"{path}: {name} = {value!r}: must be a string, a number or a boolean")
-        if (
-            isinstance(value, int) and value.bit_length() > 64
-        ):  # Python refuses to print 5,000 digits
+        # Python itself refuses to print an integer of 5,000 digits.
+        if isinstance(value, int) and value.bit_length() > 64:
             raise UserError(f"{path}: {name}: a number of {value.bit_length():,} bits is too large")
         flags.append(f"--{name}={value}")
     try:

@@ -26,28 +26,20 @@ class TrainConfig:
     dropout: float = 0.1  # probability; the paper uses 0.1
     data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
     out_dir: str = ""  # run folder; "": runs/MODEL_MIXTURE_REWEIGHT_seedSEED
-    mixture: Literal[tuple(MIXTURES)] = (
-        "uniform"  # how often each domain is drawn (MIXTURES, data.py)
-    )
+    mixture: Literal[tuple(MIXTURES)] = "uniform"  # how often each domain is drawn (data.py)
     seed: int = 42  # of the initial weights, the order of the data and dropout
 
     # Reweighting: how much each sample of a step counts.
     reweight: Literal[tuple(STRATEGIES)] = "uniform"  # strategy (STRATEGIES, reweight.py)
     r: float = 0.4  # temperature of the weights; the larger, the closer to uniform
-    r_start: float = (
-        0.0  # let r move from this value to --r after the uniform steps; 0: r is constant
-    )
+    r_start: float = 0.0  # r right after the uniform steps, from where it moves to --r; 0: --r
     r_steps: int = 0  # steps that r takes from --r_start to --r
     r_schedule: Literal["linear", "cosine"] = "linear"  # shape of that move
     delta: float = 1.0  # normalized losses lie in [-delta, delta]
-    reweight_norm: Literal[tuple(NORMS)] = (
-        "minmax"  # what a loss is compared with (NORMS, reweight.py)
-    )
+    reweight_norm: Literal[tuple(NORMS)] = "minmax"  # what a loss is compared with (reweight.py)
     max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
-    reweight_scope: Literal["global", "micro"] = (
-        "global"  # weigh the global batch or each micro-step
-    )
+    reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
 
     # Batch and optimizer: AdamW with a cosine schedule.
     global_batch_size: int = 32  # sequences per optimizer step, over all ranks and micro-steps
@@ -60,10 +52,8 @@ class TrainConfig:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    on_nonfinite: Literal["skip", "stop"] = "skip"  # a step whose loss or gradient is not finite
-    skip_grad_norm: float = (
-        0.0  # skip steps with a gradient norm above this many medians; 0: only log
-    )
+    on_nonfinite: Literal["skip", "stop"] = "skip"  # on a loss or gradient not finite
+    skip_grad_norm: float = 0.0  # skip steps above this many median gradient norms; 0: none
 
     # Evaluation, checkpoints and logs: intervals are in optimizer steps.
     eval_interval: int = 500  # steps between evaluations
@@ -78,19 +68,13 @@ class TrainConfig:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is written in any case
 
     # Machine: how it is computed; results stay the same up to rounding.
-    device: Literal["auto", "cpu", "cuda", "mps"] = (
-        "auto"  # auto: cuda, otherwise mps, otherwise cpu
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bf16 on cuda
-    compile: Literal["auto", "on", "graphs", "off"] = (
-        "auto"  # auto: on cuda; graphs: with CUDA graphs
-    )
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"  # auto: on cuda; graphs: CUDA graphs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
     loss_chunk: int = -1  # rows of logits computed at once; 0: all; -1: all if they fit, else 2,048
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in backward
-    timeout_s: float = (
-        600.0  # seconds a rank waits for the others; late ranks are reported after 1/20
-    )
+    timeout_s: float = 600.0  # seconds a rank waits for the others; a warning comes after 1/20
     dry_run: bool = False  # print the plan and exit
     doctor: bool = False  # print what a bug report needs, check this machine and the data, and exit
 

@@ -52,12 +52,11 @@ def predict(
     bf16_copies = 0  # of the float32 weights, which autocast makes
     if bf16 and not fsdp:
         bf16_copies = 2 * block_matrices * (L if recompute == "none" else 1)
-    dropout_mask = 0  # of the first dropout, bytes per number
-    if gpt.dropout > 0:
-        dropout_mask = 1 if device == "cuda" else 4
+    mask_bytes = 1 if device == "cuda" else 4  # of a number in the first dropout
+    mask = mask_bytes if gpt.dropout > 0 else 0
 
     at_the_head = {
-        "activations": n * (L * kept + (4 + e + dropout_mask) * C + 8),
+        "activations": n * (L * kept + (4 + e + mask) * C + 8),
         "logits": head(gpt, n, bf16, loss_chunk),
         "gradients": gradients_before,
         "bfloat16 weights": bf16_copies,
@@ -67,25 +66,19 @@ def predict(
         "bfloat16 weights": bf16_copies,
         "gradients": gradients_before + 4 * table + (0 if fsdp else 16 * C * C),
     }
+    gradients = gradients_after + head_gradient
     missing = 0 if gradients_before or fsdp else 32 * C * C  # its MLP's second matrix comes first
     in_the_first_block = {
         "activations": n * (saved + work),
         "bfloat16 weights": 2 * block_matrices if bf16_copies else 0,
-        "gradients": gradients_after + head_gradient - missing,
+        "gradients": gradients - missing,
     }
-    at_the_embedding = {
-        "activations": n * 4 * C,
-        "gradients": gradients_after + head_gradient + 4 * table,
-    }
+    at_the_embedding = {"activations": n * 4 * C, "gradients": gradients + 4 * table}
     moments = [at_the_head, in_the_last_block, in_the_first_block, at_the_embedding]
-    largest = max(moments, key=lambda parts: sum(parts.values()))
-
     always = {"weights and moments": 12 * N / shards}
-    if (
-        fsdp
-    ):  # embeddings and ln_f; this block, the next one, the gradients of this and the last one
+    if fsdp:  # embeddings and ln_f; this block and the next one, two blocks' gradients
         always["fetched"] = 4 * root + 4 * e * block_matrices
-    return {**always, **largest}
+    return always | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def block_activations(

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, command, expect_error, expect_ok, write_shards
 
 import data
-from cli import parse
+from cli import parse, read_comments
 from corpus.manifest import read_manifest
 from data import Batch, validation_windows
 from recipe import TrainConfig, lr_at, r_at
@@ -296,13 +296,11 @@ def test_wandb_offline_needs_no_account(sample_data, tmp_path):
 
 def test_learning_rate_schedule():
     config = TrainConfig()
-    assert lr_at(0, config) == pytest.approx(1e-7) and lr_at(
-        500, config
-    ) == pytest.approx(5e-4)
+    assert lr_at(0, config) == pytest.approx(1e-7) and lr_at(500, config) == pytest.approx(5e-4)
     assert lr_at(250, config) == pytest.approx(2.5e-4, rel=1e-3)
-    assert lr_at(10_250, config) == pytest.approx(3e-4) and lr_at(
-        20_000, config
-    ) == pytest.approx(1e-4)
+    assert lr_at(10_250, config) == pytest.approx(3e-4) and lr_at(20_000, config) == pytest.approx(
+        1e-4
+    )
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -363,9 +361,7 @@ def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
     same(graphs, after("off", range(3))[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p.name for p in (ROOT / "config").glob("*.py"))
-)
+@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "config").glob("*.py")))
 def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_path):
     expect_ok(
         command(
@@ -381,9 +377,7 @@ def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_p
     )
     names = {
         k: v
-        for k, v in __import__("runpy")
-        .run_path(f"{ROOT}/config/{path}")
-        .items()
+        for k, v in __import__("runpy").run_path(f"{ROOT}/config/{path}").items()
         if not k.startswith("_")
     }
     default = TrainConfig()
@@ -569,8 +563,12 @@ def test_checkpoints_run_no_code(unbroken, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_help_lists_every_key():
+def test_help_lists_every_key_with_a_text():
+    help_texts, groups = read_comments(TrainConfig)
+    assert help_texts.keys() == TrainConfig.__dataclass_fields__.keys()
     text = expect_ok(command("train.py", "--help", process=True))
-    for name in TrainConfig.__dataclass_fields__:
+    for name, help_text in help_texts.items():
         assert f"--{name} " in text
+        assert help_text in " ".join(text.split())
+    assert len(groups) == 5 and all(f"{title}:" in text for title, _ in groups.values())
     assert "sequences per optimizer step" in text and "(default: 0.4)" in text
