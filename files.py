@@ -1,4 +1,7 @@
-"""Files that are whole or absent, and a lock that keeps two writers out of one folder. No torch."""
+"""Files that are whole or absent, and a lock that keeps two writers out of one folder.
+
+This module imports no torch, so that the data preparation starts quickly.
+"""
 
 import errno
 import fcntl
@@ -10,9 +13,9 @@ from typing import IO
 
 import numpy as np
 
-from errors import UserError
+from cli import UserError
 
-# What a write raises where there is no room: the disk, a quota, or a limit on file size.
+# What a write raises when there is no room: a full disk, a quota, or a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,19 +30,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """write_bytes of a text."""
+    """write_bytes for text."""
     write_bytes(path, text.encode())
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    """write_bytes of an array in NumPy's format."""
+    """write_bytes for an array, in NumPy's format."""
     content = io.BytesIO()
     np.save(content, array)
     write_bytes(path, content.getvalue())
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, outlast a power cut."""
+    """Make a file, or the names in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,20 +51,23 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path, what: str, shared: bool = False, wait: float = 0.0) -> IO:
-    """Hold a file's lock until the result is closed or the process ends; UserError if another holds it after `wait` s.
+    """Lock a file until the returned file object is closed or the process ends.
 
-    what: says in the error what the other one is doing. shared: any number of holders, but none that is not shared.
+    Raises UserError if another process still has the lock after `wait` seconds.
+    what: what that process is doing, for the error message.
+    shared: allow other shared locks on the file, but no exclusive one.
     """
     file = open(path, "a")
-    until = time.monotonic() + wait
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + wait
     while True:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 file.close()
                 raise UserError(f"{what} (it holds {path}); wait for it or stop it") from None
             time.sleep(0.1)
-        except OSError:  # a file system without locks: better unlocked than not at all
+        except OSError:  # a file system without locks: go on unlocked rather than not at all
             return file

@@ -1,4 +1,4 @@
-"""Token shards: written whole or not at all, continued after an interruption."""
+"""Token shards: each file appears whole or not at all, and writing can continue after a kill."""
 
 import hashlib
 import io
@@ -7,37 +7,43 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.manifest import kinds_path
 from files import write_npy
-from manifest import kinds_path
 
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes written or read at once
 
 
 class ShardWriter:
-    """One domain's tokens of one unit, in files of `shard_tokens`; each is renamed into place when it is whole.
+    """Writes one domain's tokens of one unit, in files of at most `shard_tokens`.
 
-    DOMAIN/SPLIT_UNIT.npy, the next ones with _01, _02 and so on, so that names sort in the order of the documents.
+    The files are DOMAIN/SPLIT_UNIT.npy, then DOMAIN/SPLIT_UNIT_01.npy and so on, so that their
+    names sort in the order of the documents. Each is renamed into place once it is whole.
     """
 
     def __init__(self, out: Path, domain: str, split: str, shard_tokens: int, unit: int = 0):
-        self.out, self.stem, self.shard_tokens = out, f"{domain}/{split}_{unit:05d}", shard_tokens
-        self.shards: list[dict] = []
-        self.tokens = 0
-        self.file = None
+        self.out = out
+        self.stem = f"{domain}/{split}_{unit:05d}"
+        self.shard_tokens = shard_tokens
+        self.shards: list[dict] = []  # the manifest's entries of the finished shards
+        self.tokens = 0  # in all shards
+        self.file = None  # the open shard
+        self.info: dict = {}  # what is in the open shard so far
+        self.runs: list[tuple[int, str]] = []  # (end, kind) of its stretches of one kind
 
     def write(self, ids: np.ndarray, kind: str = "") -> None:
-        """Append a part of a document. ids: (n,) uint16; kind: the document's label, where it has one."""
+        """Append a part of a document. ids: (n,) uint16; kind: the document's label, if any."""
         self.tokens += len(ids)
         while True:
             if self.file is None:
-                self._open({"file": self._name(), "tokens": 0, "documents": 0, "bytes": 0}, [])
-            part = ids[:self.shard_tokens - self.info["tokens"]]
+                self._open_new()
+            room = self.shard_tokens - self.info["tokens"]
+            part = ids[:room]
             self.file.write(part)
             self.info["tokens"] += len(part)
             if self.runs and self.runs[-1][1] == kind:
-                self.runs.pop()  # neighbours of one kind are one run
+                self.runs.pop()  # the next line appends it again, with a later end
             self.runs.append((self.info["tokens"], kind))
-            ids = ids[len(part):]
+            ids = ids[len(part) :]
             if not len(ids):
                 return
             self._finish()
@@ -52,41 +58,14 @@ class ShardWriter:
         self.write(ids, kind)
         self.end_document(n_bytes)
 
-    def _name(self) -> str:
-        return f"{self.stem}{f'_{len(self.shards):02d}' if self.shards else ''}.npy"
-
-    def _open(self, info: dict, runs: list) -> None:
-        """A new shard, or the one that `info` describes, cut back to what was written then."""
-        self.info = info
-        self.runs: list[tuple[int, str]] = runs  # (end, kind) of each stretch of tokens of one kind
-        path = self.out / f"{info['file']}.tmp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "r+b" if info["tokens"] else "w+b", buffering=BLOCK)
-        header = npy_header(0)
-        self.file.truncate(len(header) + 2 * info["tokens"])
-        self.file.write(header)
-        self.file.seek(0, os.SEEK_END)
-
-    def _finish(self) -> None:
-        self.file.seek(0)
-        self.file.write(npy_header(self.info["tokens"]))
-        self.file.seek(0)
-        digest = hashlib.file_digest(self.file, "sha256") if hasattr(hashlib, "file_digest") else _digest(self.file)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        path = self.out / self.info["file"]
-        if kinds := sorted({kind for _, kind in self.runs} - {""}):  # no index where no document has a label
-            names = [*kinds, ""]
-            index = np.array([(end, names.index(kind)) for end, kind in self.runs], dtype=np.int64)
-            write_npy(kinds_path(path), index)
-        os.replace(f"{path}.tmp", path)
-        self.shards.append({**self.info, "file_bytes": path.stat().st_size, "sha256": digest.hexdigest(),
-                            **({"kinds": names} if kinds else {})})
-        self.file = None
+    def close(self) -> list[dict]:
+        """Finish the last shard; returns the manifest's entries of all shards."""
+        if self.file is not None:
+            self._finish()
+        return self.shards
 
     def state(self) -> dict:
-        """What `restore` needs to go on from here, after everything written so far is on the disk."""
+        """What `restore` needs to continue from here, once all that was written is on the disk."""
         if self.file is None:
             return {"shards": self.shards, "open": None, "runs": []}
         self.file.flush()
@@ -94,34 +73,94 @@ class ShardWriter:
         return {"shards": self.shards, "open": self.info, "runs": self.runs}
 
     def restore(self, state: dict) -> None:
-        """Go on from a state; FileNotFoundError where its open shard is gone."""
-        self.shards, info = state["shards"], state["open"]
-        self.tokens = sum(s["tokens"] for s in self.shards) + (info["tokens"] if info else 0)
-        if info:
-            path = self.out / info["file"]
-            if path.exists():  # it was finished after the state was written: open it again
-                os.replace(path, f"{path}.tmp")
-            if os.path.getsize(f"{path}.tmp") < len(npy_header(0)) + 2 * info["tokens"]:
-                raise FileNotFoundError(f"{path}.tmp is shorter than what was written to it")
-            self._open(info, [tuple(run) for run in state["runs"]])
+        """Continue from a state; FileNotFoundError if its open shard is gone."""
+        self.shards = state["shards"]
+        self.tokens = sum(shard["tokens"] for shard in self.shards)
+        info = state["open"]
+        if info is None:
+            return
+        self.tokens += info["tokens"]
+        path = self.out / info["file"]
+        temporary = temporary_path(path)
+        if path.exists():  # it was finished after the state was written: open it again
+            os.replace(path, temporary)
+        if temporary.stat().st_size < HEADER_BYTES + 2 * info["tokens"]:
+            raise FileNotFoundError(f"{temporary} is shorter than what was written to it")
+        self._open(info, [tuple(run) for run in state["runs"]])
 
-    def close(self) -> list[dict]:
-        """Finish the last shard; what the manifest says of all of them."""
-        if self.file is not None:
-            self._finish()
-        return self.shards
+    def _open_new(self) -> None:
+        number = len(self.shards)
+        suffix = f"_{number:02d}" if number else ""
+        info = {
+            "file": f"{self.stem}{suffix}.npy",
+            "tokens": 0,
+            "documents": 0,
+            "bytes": 0,
+        }
+        self._open(info, runs=[])
+
+    def _open(self, info: dict, runs: list[tuple[int, str]]) -> None:
+        """Open the shard that `info` describes, cut back to the tokens that it had then."""
+        self.info = info
+        self.runs = runs
+        path = temporary_path(self.out / info["file"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = "r+b" if info["tokens"] else "w+b"
+        self.file = open(path, mode, buffering=BLOCK)
+        self.file.truncate(HEADER_BYTES + 2 * info["tokens"])
+        self.file.write(npy_header(0))  # _finish writes the number of tokens
+        self.file.seek(0, os.SEEK_END)
+
+    def _finish(self) -> None:
+        """Complete the open shard's header, hash it and rename it into place."""
+        file = self.file
+        file.seek(0)
+        file.write(npy_header(self.info["tokens"]))
+        file.seek(0)
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK):
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self.file = None
+        path = self.out / self.info["file"]
+        entry = {
+            **self.info,
+            "file_bytes": temporary_path(path).stat().st_size,
+            "sha256": digest.hexdigest(),
+        }
+        kinds = self._write_kinds(path)
+        if kinds:
+            entry["kinds"] = kinds
+        os.replace(temporary_path(path), path)
+        self.shards.append(entry)
+
+    def _write_kinds(self, path: Path) -> list[str]:
+        """Write the index of labels beside a shard; returns the labels, [] if there are none."""
+        labels = {kind for _, kind in self.runs} - {""}
+        if not labels:
+            return []
+        kinds = [*sorted(labels), ""]
+        index = [(end, kinds.index(kind)) for end, kind in self.runs]
+        write_npy(kinds_path(path), np.array(index, dtype=np.int64))
+        return kinds
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a shard is written until it is whole."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 def npy_header(n: int) -> bytes:
-    """The header of an npy file with n uint16; NumPy pads it, so its length does not depend on n."""
+    """The header of an .npy file with n uint16.
+
+    NumPy pads it, so its length does not depend on n.
+    """
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (n,)})
+    form = {"descr": "<u2", "fortran_order": False, "shape": (n,)}
+    np.lib.format.write_array_header_1_0(header, form)
     return header.getvalue()
 
 
-def _digest(file: io.BufferedRandom) -> "hashlib._Hash":
-    """hashlib.file_digest, which Python 3.10 has not."""
-    digest = hashlib.sha256()
-    while block := file.read(BLOCK):
-        digest.update(block)
-    return digest
+HEADER_BYTES = len(npy_header(0))

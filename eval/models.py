@@ -1,79 +1,115 @@
-"""The model that an evaluation is about: a checkpoint of a run, or a Hugging Face GPT-2 (--run, --hf)."""
+"""Opening the model that is evaluated: a checkpoint of a run, or a Hugging Face GPT-2."""
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-import checkpoint
-import tokenizer
-from errors import UserError
+from cli import UserError
+from corpus import tokenizer
 from model import GPT
+from runtime import checkpoint
 
 
 class Evaluated(NamedTuple):
-    """On the CPU; `about` is what a record says of it: step or hf, and dtype, that of the matrix products."""
-    model: GPT
+    """A model to evaluate."""
+
+    model: GPT  # on the CPU
     tokens: tokenizer.Tokenizer
-    about: dict
-    data_dir: str | None  # that the run was trained on
+    about: dict  # what a record says of it: step or hf, and dtype, that of the matrix products
+    data_dir: str | None  # the data that the run was trained on
 
 
 def find_run(path: str) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) from either one."""
+    """(run folder, checkpoint folder) from the path of either."""
     folder = Path(path)
     if (folder / "state.json").is_file():
         folder = folder.resolve()
-        return folder.parents[1] if folder.parent.name == "checkpoints" else folder, folder
+        is_in_run = folder.parent.name == "checkpoints"
+        return (folder.parents[1] if is_in_run else folder), folder
     newest = checkpoint.find_latest(folder)
     if newest is None:
-        raise UserError(f"--run {path}: no checkpoint there; give a run folder (it has checkpoints/) or a checkpoint")
+        raise UserError(
+            f"--run {path}: no checkpoint in it; give a run folder (it has checkpoints/) or a "
+            "checkpoint"
+        )
     return folder, newest
 
 
 def add_flags(parser: ArgumentParser, result: str) -> None:
-    """--run or --hf, --dtype, and --to, by default RUN/eval/`result`."""
+    """Add --run or --hf, --dtype, and --to, by default RUN/eval/`result`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder, or one of its checkpoints")
-    source.add_argument("--hf", metavar="NAME_OR_FOLDER", help="a Hugging Face GPT-2 instead, such as gpt2")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="of the matrix products (default: on a GPU the run's, else float32)")
-    parser.add_argument("--to", type=Path, metavar="FILE",
-                        help=f"JSON file for the result (default: RUN/eval/{result}; with --hf none)")
+    source.add_argument(
+        "--hf", metavar="NAME_OR_FOLDER", help="a Hugging Face GPT-2 instead, such as gpt2"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the matrix products (default: on a GPU that of the run, otherwise float32)",
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help=f"JSON file for the result (default: RUN/eval/{result}; with --hf none)",
+    )
 
 
-def open_model(args) -> Evaluated:
-    """What --run or --hf names; UserError if it does not open, or if its tokenizer is none of ours."""
+def open_model(args: Namespace) -> Evaluated:
+    """The model of --run or --hf; UserError if it does not open or its tokenizer is not ours."""
     if args.hf:
-        model = GPT.from_pretrained(args.hf)
-        for tokens in map(tokenizer.load, tokenizer.NAMES):
-            if tokens.n_vocab == model.config.vocab_size and tokenizer.is_that_of(tokens.name, args.hf):
-                return Evaluated(model, tokens, {"hf": args.hf, "dtype": args.dtype or "float32"}, None)
-        raise UserError(f"--hf {args.hf} has a tokenizer of {model.config.vocab_size} tokens that is none of "
-                        f"{', '.join(tokenizer.NAMES)}; evaluate it with the harness itself: lm_eval --model hf")
+        return open_hf(args.hf, args.dtype)
     _, folder = find_run(args.run)
-    state = checkpoint.read_json(folder / "state.json")
-    if lacking := [key for key in ("step", "gpt", "identity", "data_dir", "tokenizer_sha256") if key not in state]:
-        raise UserError(f"{folder}/state.json has no {', '.join(lacking)}: another version of train.py wrote it; "
-                        "evaluate it with that one (git_commit in the run's config.json)")
+    path = folder / "state.json"
+    state = checkpoint.read_json(path)
+    expected = ("step", "gpt", "identity", "data_dir", "tokenizer_sha256")
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: another version of train.py wrote it; "
+            "evaluate it with that one (git_commit in the run's config.json)"
+        )
     dtype = state["identity"]["dtype"] if torch.cuda.is_available() else "float32"
     tokens = tokenizer.find(state["tokenizer_sha256"])
-    return Evaluated(checkpoint.load_model(folder), tokens, {"step": state["step"], "dtype": args.dtype or dtype},
-                     state["data_dir"])
+    about = {"step": state["step"], "dtype": args.dtype or dtype}
+    return Evaluated(checkpoint.load_model(folder), tokens, about, state["data_dir"])
 
 
-def result_path(args, result: str) -> Path | None:
-    """The file of --to, or RUN/eval/`result`, in a folder that is there; UserError now if it cannot be written."""
+def open_hf(name: str, dtype: str | None) -> Evaluated:
+    """A Hugging Face GPT-2 whose tokenizer is one of ours."""
+    model = GPT.from_pretrained(name)
+    n_vocab = model.config.vocab_size
+    for tokens in map(tokenizer.load, tokenizer.NAMES):
+        if tokens.n_vocab == n_vocab and tokenizer.matches_hf_tokenizer(tokens.name, name):
+            return Evaluated(model, tokens, {"hf": name, "dtype": dtype or "float32"}, None)
+    raise UserError(
+        f"--hf {name} has a tokenizer of {n_vocab} tokens that is none of "
+        f"{', '.join(tokenizer.NAMES)}; evaluate it with the harness itself: lm_eval --model hf"
+    )
+
+
+def result_path(args: Namespace, result: str) -> Path | None:
+    """The file of --to, or RUN/eval/`result`; makes its folder. None with --hf and no --to.
+
+    UserError if the file cannot be written, before any work is done.
+    """
     if args.to is None and args.hf:
         return None
     path = args.to or find_run(args.run)[0] / "eval" / result
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give --to a file in a folder that can be made") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'its folder cannot be written to'}; give --to a "
-                        f"file, such as results/{result}")
+        raise UserError(
+            f"{path}: {error.strerror}; give --to a file in a folder that can be made"
+        ) from None
+    reason = ""
+    if path.is_dir():
+        reason = "is a folder"
+    elif not os.access(path.parent, os.W_OK):
+        reason = "its folder cannot be written to"
+    if reason:
+        raise UserError(f"{path}: {reason}; give --to a file, such as results/{result}")
     return path

@@ -1,13 +1,15 @@
 """Per-domain loss and perplexity of a model on fixed validation windows; all ranks share the work.
 
-    python eval/perplexity.py --run runs/124m_uniform_linupper_seed42          # the newest checkpoint, all windows
+    python eval/perplexity.py --run runs/124m_uniform_linupper_seed42    # the newest checkpoint
     torchrun --nproc_per_node 8 -- eval/perplexity.py --run RUN/checkpoints/step_00020000
-    python eval/perplexity.py --run RUN --stride 64 --to RUN/eval/sliding.json             # more context per token
-    python eval/perplexity.py --hf gpt2 --data_dir data/slimpajama --block_size 512 --to results/gpt2.json
+    python eval/perplexity.py --run RUN --stride 64 --to RUN/eval/sliding.json    # more context
+    python eval/perplexity.py --hf gpt2 --data_dir data/slimpajama --to results/gpt2.json
 
-Writes RUN/eval/perplexity.json, or --to, and beside it the loss of each window (perplexity_windows.npz, an array per
-domain). Validation is never weighted: every window counts once, whatever the run trained on.
-M windows of T tokens, R forward passes, D domains.
+Writes RUN/eval/perplexity.json, or the file of --to, and beside it the loss of each window
+(perplexity_windows.npz, an array per domain). Validation is never weighted: every window counts
+once, whatever the run trained on.
+
+M windows of T tokens, R forward passes, B passes of a batch, D domains.
 """
 
 import hashlib
@@ -15,154 +17,235 @@ import io
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
-import distributed
-from configurator import Parser
-from errors import UserError, run
+from cli import Parser, UserError
+from cli import run as run_command
+from corpus.manifest import in_order, read_manifest
+from data import validation_windows
 from eval import models
 from eval.compare import bootstrap
+from eval.runs import (
+    Column,
+    Row,
+    RunFolder,
+    Settings,
+    Table,
+    Value,
+    by_model,
+    per_column,
+    read_result,
+    settings_at,
+    with_spread,
+)
 from files import write_bytes, write_text
-from manifest import read_manifest
+from runtime import distributed
 
 RESULT = "perplexity.json"
 
 
-def validation_windows(split: data.Split, per_domain: int | None) -> np.ndarray:
-    """(M, 2) domain and window: all of them, or `per_domain` evenly spaced ones; the same for every run and layout."""
-    pairs = []
-    for d, n in enumerate(split.n_windows.tolist()):
-        m = min(n, per_domain or n)
-        pairs += [(d, i * n // m) for i in range(m)]
-    if not pairs:
-        raise UserError(f"the validation split has no window of {split.block_size} tokens; prepare one (files or "
-                        "folders called validation), or use a smaller --block_size")
-    return np.array(pairs, dtype=np.int64)
+# Losses of windows
 
 
 class Shifted:
-    """A split whose windows are named by their first token, counted over the domain's windows laid end to end."""
+    """A split whose windows may start at any token of a domain's windows laid end to end."""
 
     def __init__(self, split: data.Split):
         self.split = split
 
     def window(self, domain: int, start: int) -> np.ndarray:
         """(T + 1,) uint16; `start` is at most the first token of its shard's last window."""
-        index, into = divmod(start, self.split.block_size)
+        index, offset = divmod(start, self.split.block_size)
         tokens = self.split.window(domain, index)
-        return np.concatenate([tokens[into:], self.split.window(domain, index + 1)[1:into + 1]]) if into else tokens
+        if not offset:
+            return tokens
+        following = self.split.window(domain, index + 1)
+        return np.concatenate([tokens[offset:], following[1 : offset + 1]])
 
 
-def passes(split: data.Split, pairs: np.ndarray, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(R, 2) domain and first token of each forward pass, (R,) its first target that counts, (R,) its window's index.
+class Passes(NamedTuple):
+    """The forward passes of an evaluation."""
 
-    Without a stride each of the (M, 2) pairs is scored on its own. With one, `pairs` are all windows, and passes start
-    every `stride` tokens of a shard. They score the very targets that its windows have, each once, so that only the
-    context differs: at least T - stride tokens before every target, but for a shard's first pass.
+    rows: np.ndarray  # (R, 2) domain and first token
+    first: np.ndarray  # (R,) first target that counts
+    window: np.ndarray  # (R,) index of the window in which the pass starts
+
+
+def plan_passes(split: data.Split, pairs: np.ndarray, stride: int | None) -> Passes:
+    """(M, 2) domain and window -> the passes that score each target of these windows once.
+
+    Without a stride, each window is scored on its own. With one, `pairs` are all windows, and
+    passes start every `stride` tokens of a shard, so that only the context differs: every target
+    but those of a shard's first pass has at least T - stride tokens before it.
     """
     T = split.block_size
     if stride is None:
-        return pairs * [1, T], np.zeros(len(pairs), dtype=np.int64), np.arange(len(pairs))
+        return Passes(pairs * [1, T], np.zeros(len(pairs), dtype=np.int64), np.arange(len(pairs)))
     rows, first = [], []
-    for d, ends in enumerate(split.ends):
+    for domain, ends in enumerate(split.ends):
         for end, n in zip(ends, np.diff(ends, prepend=0), strict=True):
-            if n:
-                last = (n - 1) * T  # a pass from here on ends with the last window's last target
-                starts = np.minimum(np.arange(0, last + stride, stride), last)
-                rows.append(np.stack([np.full_like(starts, d), (end - n) * T + starts], axis=1))
-                first.append(T - np.diff(starts, prepend=-T))
+            if n == 0:
+                continue
+            last = (n - 1) * T  # the pass that starts here ends with the last window's last target
+            starts = np.minimum(np.arange(0, last + stride, stride), last)
+            shard_start = (end - n) * T
+            rows.append(np.stack([np.full_like(starts, domain), shard_start + starts], axis=1))
+            first.append(T - np.diff(starts, prepend=-T))
     rows = np.concatenate(rows)
-    before = np.cumsum(split.n_windows) - split.n_windows  # windows of the domains before
-    return rows, np.concatenate(first), before[rows[:, 0]] + rows[:, 1] // T
+    windows_before = np.cumsum(split.n_windows) - split.n_windows  # (D,) of the domains before
+    window = windows_before[rows[:, 0]] + rows[:, 1] // T
+    return Passes(rows, np.concatenate(first), window)
 
 
 @torch.no_grad()
-def window_losses(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str,
-                  stride: int | None = None, progress: bool = False, stop: Callable[[], int] = lambda: 0
-                  ) -> np.ndarray | None:
+def window_losses(
+    model: torch.nn.Module,
+    split: data.Split,
+    pairs: np.ndarray,
+    batch_size: int,
+    dtype: str,
+    stride: int | None = None,
+    progress: bool = False,
+    stop: Callable[[], int] = lambda: 0,
+) -> np.ndarray | None:
     """(M,) float64 mean loss of each window in nats per token; the same on every rank.
 
-    None if `stop`, which is called after each batch and must say the same on all ranks, ends it early.
+    stop: called after each batch; a true value ends the evaluation early, with the result None. It
+    must be the same on all ranks.
     """
-    rank, _, W = distributed.ranks()
+    rank, _, world_size = distributed.ranks()
     device, T = next(model.parameters()).device, split.block_size
-    rows, first, window = passes(split, pairs, stride)
-    # Every rank and batch gets the same shape; the rows that fill up the last ones count nothing.
-    filled = np.resize(np.arange(len(rows)), -(-len(rows) // (W * batch_size)) * W * batch_size)
-    mine, counted = filled[rank::W], np.arange(len(filled))[rank::W] < len(rows)
-    bounds = np.stack([first, T - rows[:, 1] % T], axis=1)  # (R, 2) first target that counts, first of the next window
-    shifted, position = Shifted(split), torch.arange(T, device=device)
-    training = model.training
+    passes = plan_passes(split, pairs, stride)
+    R = len(passes.rows)
+    bounds = np.stack([passes.first, T - passes.rows[:, 1] % T], axis=1)  # (R, 2), see batch_nats
+    # Every batch of every rank has the same shape: the last ones are filled up with passes that do
+    # not count.
+    n_batches = math.ceil(R / (world_size * batch_size))
+    own = np.arange(rank, n_batches * world_size * batch_size, world_size)
+    counted, own = own < R, own % R
+
+    def read(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch = own[i : i + batch_size]
+        x, y, _ = data.read_batch(Shifted(split), passes.rows[batch], pin=device.type == "cuda")
+        return x, y, torch.from_numpy(bounds[batch])
+
+    was_training = model.training
     model.eval()
-    nats = []  # of (2, batch_size): sums over the targets in the window where a pass starts, and in the next one
-
-    def read(i: int):
-        x, y, _ = data.read_batch(shifted, rows[mine[i:i + batch_size]], pin=device.type == "cuda")
-        return x, y, torch.from_numpy(bounds[mine[i:i + batch_size]])
-
-    batches = data.prefetch(read, range(0, len(mine), batch_size))
-    for x, y, bound in tqdm(batches, total=len(mine) // batch_size, unit="batch", dynamic_ncols=True, leave=False,
-                            disable=None if progress and rank == 0 else True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            losses = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))  # (batch_size, T)
-        begin, border = bound.to(device, non_blocking=True).T.unsqueeze(2)  # (batch_size, 1) each
-        scored = position >= begin
-        nats.append(torch.stack([torch.where(scored & part, losses, 0.0).sum(1)
-                                 for part in (position < border, position >= border)]))
+    nats = []  # (2, B) of each batch
+    for x, y, batch_bounds in tqdm(
+        data.prefetch(read, range(0, len(own), batch_size)),
+        total=n_batches,
+        unit="batch",
+        dynamic_ncols=True,
+        leave=False,
+        disable=None if progress and rank == 0 else True,
+    ):
+        nats.append(batch_nats(model, x, y, batch_bounds, dtype))
         if stop():
             break
-    model.train(training)
-    if len(nats) * batch_size < len(mine):
+    model.train(was_training)
+    if len(nats) < n_batches:
         return None
-    here, following = torch.cat(nats, dim=1).cpu().double()[:, torch.from_numpy(counted)]
-    at = torch.from_numpy(window[mine[counted]])
-    sums = torch.zeros(len(pairs) + 1, dtype=torch.float64)  # the last one's following window gets zeros only
-    sums.index_add_(0, at, here).index_add_(0, at + 1, following)
-    return distributed.reduce_sum(sums.to(device) if W > 1 else sums)[:-1].cpu().numpy() / T  # W > 1: not on mps
+
+    in_window, in_next = torch.cat(nats, dim=1).cpu().double()[:, torch.from_numpy(counted)]
+    window = torch.from_numpy(passes.window[own[counted]])
+    sums = torch.zeros(len(pairs) + 1, dtype=torch.float64)  # what follows the last window gets 0
+    sums.index_add_(0, window, in_window).index_add_(0, window + 1, in_next)
+    if world_size > 1:  # a single process may be on mps, which has no float64
+        sums = distributed.reduce_sum(sums.to(device)).cpu()
+    return sums[:-1].numpy() / T
 
 
-def evaluate(model: torch.nn.Module, split: data.Split, pairs: np.ndarray, batch_size: int, dtype: str,
-             stop: Callable[[], int] = lambda: 0) -> dict:
-    """What metrics.jsonl records of an evaluation, the same on every rank; {} if `stop` ended it early."""
+def batch_nats(model: torch.nn.Module, x: Tensor, y: Tensor, bounds: Tensor, dtype: str) -> Tensor:
+    """(B, T) inputs and targets -> (2, B) nats in the window where a pass starts, and in the next.
+
+    bounds: (B, 2) first target of each pass that counts, and the first that is in the next window.
+    """
+    device, T = next(model.parameters()).device, x.size(1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        losses = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))  # (B, T)
+    first, border = bounds.to(device, non_blocking=True).T.unsqueeze(2)  # (B, 1) each
+    position = torch.arange(T, device=device)
+    counts = position >= first
+    in_window = torch.where(counts & (position < border), losses, 0.0).sum(1)
+    in_next = torch.where(counts & (position >= border), losses, 0.0).sum(1)
+    return torch.stack([in_window, in_next])
+
+
+# The record of an evaluation
+
+
+def evaluate(
+    model: torch.nn.Module,
+    split: data.Split,
+    pairs: np.ndarray,
+    batch_size: int,
+    dtype: str,
+    stop: Callable[[], int] = lambda: 0,
+) -> dict:
+    """What metrics.jsonl records of an evaluation, on every rank; {} if `stop` ended it early."""
     losses = window_losses(model, split, pairs, batch_size, dtype, stop=stop)
     return {} if losses is None else summarize(split, pairs, losses)
 
 
-def summarize(split: data.Split, pairs: np.ndarray, losses: np.ndarray, stride: int | None = None) -> dict:
-    """(M,) losses of the windows -> mean loss in nats per token, perplexity and bits per byte of each domain.
+def summarize(
+    split: data.Split, pairs: np.ndarray, losses: np.ndarray, stride: int | None = None
+) -> dict:
+    """(M,) losses of the windows -> loss (nats per token), perplexity, bits per byte per domain.
 
-    mean_loss is the plain average over domains; bits per byte takes bytes per token from the domain's whole split.
+    mean_loss is the plain average over domains. Bits per byte takes the bytes per token from the
+    domain's whole split. Records with the same val_hash were made on the same windows.
     """
     domains = {}
     for name, values in by_domain(split, pairs, losses).items():
         loss = values.mean().item()
-        domains[name] = {"loss": loss, "ppl": perplexity(loss), "tokens": len(values) * split.block_size,
-                         "bits_per_byte": loss / math.log(2) * split.tokens[name] / split.bytes[name]}
-    content = [split.sha256, split.block_size, pairs.tolist(), *([] if stride is None else [stride])]
-    return {"domains": domains, "mean_loss": sum(d["loss"] for d in domains.values()) / len(domains),
-            "worst_domain": max(domains, key=lambda d: domains[d]["loss"]),
-            "val_hash": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}
+        domains[name] = {
+            "loss": loss,
+            "ppl": perplexity(loss),
+            "tokens": len(values) * split.block_size,
+            "bits_per_byte": loss / math.log(2) * split.tokens[name] / split.bytes[name],
+        }
+    content = [split.sha256, split.block_size, pairs.tolist()]
+    if stride is not None:
+        content.append(stride)
+    return {
+        "domains": domains,
+        "mean_loss": sum(domain["loss"] for domain in domains.values()) / len(domains),
+        "worst_domain": max(domains, key=lambda name: domains[name]["loss"]),
+        "val_hash": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+    }
 
 
 def by_domain(split: data.Split, pairs: np.ndarray, losses: np.ndarray) -> dict[str, np.ndarray]:
     """(M,) losses of the windows -> those of each domain that has windows."""
-    return {name: losses[pairs[:, 0] == d] for d, name in enumerate(split.domains) if (pairs[:, 0] == d).any()}
+    losses_of = {}
+    for d, name in enumerate(split.domains):
+        is_of_domain = pairs[:, 0] == d
+        if is_of_domain.any():
+            losses_of[name] = losses[is_of_domain]
+    return losses_of
 
 
 def add_intervals(record: dict, windows: dict[str, np.ndarray]) -> None:
-    """Put the bootstrap's intervals into the record, as loss_ci95 of each domain and mean_loss_ci95 (nats)."""
-    *each, record["mean_loss_ci95"] = bootstrap(windows).tolist()
-    for domain, interval in zip(windows, each, strict=True):
+    """Add 95 % intervals in nats: loss_ci95 to each domain, mean_loss_ci95 to the record."""
+    intervals = bootstrap(windows).tolist()
+    for domain, interval in zip(windows, intervals[:-1], strict=True):
         record["domains"][domain]["loss_ci95"] = interval
+    record["mean_loss_ci95"] = intervals[-1]
 
 
 def perplexity(loss: float) -> float:
@@ -170,86 +253,282 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def table(record: dict) -> str:
-    """The record as text, a line per domain; the interval is of the perplexity."""
+def as_text(record: dict) -> str:
+    """The record for the terminal, a line per domain; the interval is that of the perplexity."""
+    width = max(map(len, ["average", *record["domains"]])) + 1
+
     def line(name: str, loss: float, interval: list[float]) -> str:
         low, high = map(perplexity, interval)
-        return f"{name:<{width}}{loss:>12.4f}{perplexity(loss):>12.3f}{f'{low:.3f} to {high:.3f}':>22}"
+        ends = f"{low:.3f} to {high:.3f}"
+        return f"{name:<{width}}{loss:>12.4f}{perplexity(loss):>12.3f}{ends:>22}"
 
-    width = max(map(len, ["average", *record["domains"]])) + 1
-    lines = [f"{'domain':<{width}}{'loss (nats)':>12}{'perplexity':>12}{'95 % interval':>22}{'bits/byte':>11}"
-             f"{'tokens':>12}"]
-    lines += [f"{line(name, d['loss'], d['loss_ci95'])}{d['bits_per_byte']:>11.4f}{d['tokens']:>12,}"
-              for name, d in record["domains"].items()]
-    return "\n".join([*lines, line("average", record["mean_loss"], record["mean_loss_ci95"]),
-                      f"worst domain: {record['worst_domain']}"])
+    head = f"{'domain':<{width}}{'loss (nats)':>12}{'perplexity':>12}{'95 % interval':>22}"
+    lines = [f"{head}{'bits/byte':>11}{'tokens':>12}"]
+    for name, domain in record["domains"].items():
+        text = line(name, domain["loss"], domain["loss_ci95"])
+        lines.append(f"{text}{domain['bits_per_byte']:>11.4f}{domain['tokens']:>12,}")
+    lines.append(line("average", record["mean_loss"], record["mean_loss_ci95"]))
+    lines.append(f"worst domain: {record['worst_domain']}")
+    return "\n".join(lines)
 
 
 def windows_path(result: Path) -> Path:
-    """The file beside a result of this script that has the loss of each window: float32, an array per domain."""
+    """The file beside a result that has the loss of each window: float32, an array per domain."""
     return result.with_name(f"{result.stem}_windows.npz")
 
 
 def write(result: Path, record: dict, windows: dict[str, np.ndarray]) -> None:
-    """The two files of a result; the windows first, so that a result is never without them."""
+    """Write both files; the windows first, so that a result is never without them."""
     content = io.BytesIO()
     np.savez(content, **{name: values.astype(np.float32) for name, values in windows.items()})
     write_bytes(windows_path(result), content.getvalue())
     write_text(result, json.dumps(record, indent=1))
 
 
-def parse_args():
+# Tables of several runs
+
+HEADING = "Results"
+NEEDS = "needs RUN/eval/perplexity.json (python eval/perplexity.py --run RUN)"
+TABLES = {"ppl": NEEDS, "loss": NEEDS, "bits_per_byte": NEEDS}
+TITLES = {
+    "ppl": "Perplexity",
+    "loss": "Loss (log-perplexity, nats per token)",
+    "bits_per_byte": "Bits per byte",
+}
+AVERAGES = {
+    "ppl": "exp(average loss)",
+    "loss": "average loss",
+    "bits_per_byte": "average bits per byte",
+}
+SUMMARY_ROWS = 3  # the average, the worst domain, and which one that is
+
+
+@cache  # so that what it prints is printed once per run
+def read(run: RunFolder) -> dict | None:
+    """RUN/eval/perplexity.json, or None; says on standard error if it is missing or outdated."""
+    result = read_result(
+        run,
+        "perplexity",
+        keys=("step", "mean_loss", "val_hash"),
+        part="domains",
+        part_keys=("loss", "ppl", "bits_per_byte"),
+    )
+    command = f"python eval/perplexity.py --run {run.path}"
+    if result is None:
+        print(f"{run.path}: not evaluated yet; run: {command}", file=sys.stderr)
+    elif result["step"] != run.config["max_steps"]:
+        print(
+            f"{run.path}: evaluated at step {result['step']} of {run.config['max_steps']}; "
+            f"to evaluate the newest checkpoint: {command}",
+            file=sys.stderr,
+        )
+    return result
+
+
+def read_all(runs: list[RunFolder]) -> dict[RunFolder, dict]:
+    """The results of the runs that have one; UserError where two are of different windows."""
+    results = {}
+    for run in runs:
+        result = read(run)
+        if result is not None:
+            results[run] = result
+    runs_by_hash = {}
+    for run, result in results.items():
+        runs_by_hash.setdefault(result["val_hash"], run)
+    if len(runs_by_hash) > 1:
+        a, b, *_ = runs_by_hash.values()
+        raise UserError(
+            f"{a.path} and {b.path} were evaluated on different validation windows and cannot be "
+            "compared; evaluate both with the same --data_dir, --block_size and --stride"
+        )
+    return results
+
+
+def settings(runs: list[RunFolder]) -> Settings:
+    """What tells the runs apart, the step of the checkpoint evaluated included."""
+    configs = {run: run.config for run in runs}
+    return settings_at(configs, read_all(runs), "evaluated_at_step")
+
+
+def tables(runs: list[RunFolder]) -> list[Table]:
+    """For each metric a table per model size; with several sizes, one more that sums them up."""
+    results, by_size = read_all(runs), by_model(settings(runs))
+    tables = []
+    for metric in TABLES:
+        rows = rows_of(results, metric)
+        tables += [metric_table(size, columns, rows, metric) for size, columns in by_size.items()]
+        if len(by_size) > 1:
+            tables.append(table_by_size(by_size, rows, metric))
+    return tables
+
+
+def rows_of(
+    results: dict[RunFolder, dict], metric: str
+) -> list[tuple[str, dict[RunFolder, Value]]]:
+    """(label, value of each run) rows: the domains, then the SUMMARY_ROWS."""
+    names = in_order({name for result in results.values() for name in result["domains"]})
+    rows = {name: {} for name in names}
+    averages, worst_values, worst_names = {}, {}, {}
+    for run, result in results.items():
+        values = {name: domain[metric] for name, domain in result["domains"].items()}
+        for name, value in values.items():
+            rows[name][run] = value
+        averages[run] = average(result, metric)
+        worst_names[run] = max(values, key=values.get)
+        worst_values[run] = values[worst_names[run]]
+    return [
+        *rows.items(),
+        (AVERAGES[metric], averages),
+        ("worst domain", worst_values),
+        ("which one", worst_names),
+    ]
+
+
+def average(result: dict, metric: str) -> float:
+    """Over the domains; of perplexities it is the geometric mean."""
+    if metric == "ppl":
+        return perplexity(result["mean_loss"])
+    if metric == "loss":
+        return float(result["mean_loss"])
+    return fmean(domain[metric] for domain in result["domains"].values())
+
+
+def digits_of(metric: str) -> int:
+    return 3 if metric == "ppl" else 4
+
+
+def metric_table(
+    size: str, columns: list[Column], rows: list[tuple[str, dict[RunFolder, Value]]], metric: str
+) -> Table:
+    lines = []
+    for i, (label, values) in enumerate(rows):
+        is_summary = i >= len(rows) - SUMMARY_ROWS
+        values = per_column(columns, values)
+        lines.append(Row(label, values, digits_of(metric), is_summary=is_summary))
+    return Table(
+        what=metric,
+        title=f"{TITLES[metric]}, {size}",
+        model=size,
+        head="domain",
+        columns=[column.name for column in columns],
+        rows=lines,
+        note=with_spread("", columns),
+    )
+
+
+def table_by_size(
+    by_size: dict[str, list[Column]], rows: list[tuple[str, dict[RunFolder, Value]]], metric: str
+) -> Table:
+    """The average and the worst domain of every size in one table."""
+    names = dict.fromkeys(column.name for columns in by_size.values() for column in columns)
+    lines = []
+    for label, values in rows[-SUMMARY_ROWS:-1]:
+        for size, columns in by_size.items():
+            runs_of = {column.name: column.runs for column in columns}
+            aligned = [Column(name, runs_of.get(name, [])) for name in names]
+            lines.append(Row(f"{size}, {label}", per_column(aligned, values), digits_of(metric)))
+    title = f"{TITLES[metric]} by size"
+    return Table(metric, title, model="", head="size", columns=list(names), rows=lines)
+
+
+# The command
+
+
+def parse_args() -> Namespace:
     parser = Parser(__doc__)
     models.add_flags(parser, RESULT)
     parser.add_argument("--data_dir", help="data folder (default: the one the run was trained on)")
-    parser.add_argument("--stride", type=int, help="tokens from one window's start to the next; below the block size, "
-                        "each token is scored once, with more context (default: the block size)")
-    parser.add_argument("--block_size", type=int, help="tokens per window (default: the model's context)")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows per rank and forward pass (default: 32)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens from one window's start to the next; below the block size, "
+        "each token is scored once, with more context (default: the block size)",
+    )
+    parser.add_argument(
+        "--block_size", type=int, help="tokens per window (default: the model's context)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="windows per rank and forward pass (default: 32)"
+    )
     args = parser.parse_args()
     for name in ("stride", "block_size", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be above 0")
     if args.hf and not args.data_dir:
-        raise UserError("--hf needs --data_dir (for the released GPT-2 a folder prepared with --tokenizer gpt2)")
+        raise UserError(
+            "--hf needs --data_dir (for the released GPT-2 a folder prepared with --tokenizer gpt2)"
+        )
     return args
+
+
+def open_split(args: Namespace, evaluated: models.Evaluated) -> data.Split:
+    """The validation split that the flags ask for; UserError where it does not suit the model."""
+    data_dir = args.data_dir or evaluated.data_dir
+    manifest = read_manifest(data_dir)
+    tokens, context = evaluated.tokens, evaluated.model.config.block_size
+    if manifest["tokenizer"]["sha256"] != tokens.sha256:
+        raise UserError(
+            f"{data_dir} has tokenizer {manifest['tokenizer']['name']}, the model {tokens.name}; "
+            f"give data prepared with --tokenizer {tokens.name}"
+        )
+    T = args.block_size or context
+    if T > context:
+        raise UserError(
+            f"--block_size {T}: must be at most {context}, the model's context in tokens"
+        )
+    if args.stride and args.stride > T:
+        raise UserError(
+            f"--stride {args.stride}: must be at most the {T} tokens of a window, or tokens would "
+            "be left out"
+        )
+    split = data.Split(data_dir, manifest, "val", T)
+    for domain, n in zip(split.domains, split.n_windows, strict=True):
+        if n == 0 and distributed.ranks().rank == 0:
+            print(
+                f"{domain}: left out, its validation split has no window of {T} tokens",
+                file=sys.stderr,
+            )
+    return split
 
 
 def main() -> None:
     args = parse_args()
-    model, tokens, about, data_dir = models.open_model(args)
-    data_dir = args.data_dir or data_dir
-    manifest = read_manifest(data_dir)
-    if manifest["tokenizer"]["sha256"] != tokens.sha256:
-        raise UserError(f"{data_dir} has tokenizer {manifest['tokenizer']['name']}, the model {tokens.name}; give data "
-                        f"prepared with --tokenizer {tokens.name}")
-    T = args.block_size or model.config.block_size
-    stride = args.stride or T
-    if T > model.config.block_size:
-        raise UserError(f"--block_size {T}: the model has a context of {model.config.block_size} tokens, at most that")
-    if stride > T:
-        raise UserError(f"--stride {stride}: must be at most the {T} tokens of a window, or tokens would be left out")
-    split = data.Split(data_dir, manifest, "val", T)
+    evaluated = models.open_model(args)
+    split = open_split(args, evaluated)
     pairs = validation_windows(split, None)
-    for domain, n in zip(split.domains, split.n_windows, strict=True):
-        if not n and distributed.ranks().rank == 0:
-            print(f"{domain}: left out, its validation split has no window of {T} tokens", file=sys.stderr)
-    result = models.result_path(args, RESULT)
-    sliding = stride if stride < T else None
+    result_path = models.result_path(args, RESULT)
+    stride = args.stride or split.block_size
+    sliding = stride if stride < split.block_size else None
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        losses = window_losses(model.to(device), split, pairs, args.batch_size, about["dtype"], sliding, progress=True)
+        losses = window_losses(
+            evaluated.model.to(device),
+            split,
+            pairs,
+            args.batch_size,
+            evaluated.about["dtype"],
+            sliding,
+            progress=True,
+        )
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch_size {args.batch_size}: does not fit into the GPU's memory; lower it") from None
-    record = {**about, "block_size": T, "stride": stride, **summarize(split, pairs, losses, sliding)}
+        raise UserError(
+            f"--batch_size {args.batch_size}: does not fit into the GPU's memory; lower it"
+        ) from None
     if distributed.ranks().rank == 0:
+        record = {
+            **evaluated.about,
+            "block_size": split.block_size,
+            "stride": stride,
+            **summarize(split, pairs, losses, sliding),
+        }
         windows = by_domain(split, pairs, losses)
         add_intervals(record, windows)
-        if result:
-            write(result, record, windows)
-        print(table(record))
+        if result_path:
+            write(result_path, record, windows)
+        print(as_text(record))
     distributed.cleanup()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

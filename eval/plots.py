@@ -1,174 +1,479 @@
-"""Figures of runs: loss curves, perplexity per domain, what weight each strategy gives to a loss, and to which data.
+"""Charts of runs, as PNG files and for the page of eval/report.py.
 
     python eval/plots.py runs/a runs/b --to figures       # weights.png alone needs no run
 
-Reads RUN/config.json, RUN/metrics.jsonl, RUN/eval/perplexity.json; prints the files that it wrote.
+Reads RUN/config.json, RUN/metrics.jsonl and RUN/eval/perplexity.json, and prints the name of each
+file that it wrote.
+
+A Chart is data: the lines of one panel, a line per run. loss_charts, training_charts and
+share_charts make charts from runs. `panels` draws several in one figure, for a PNG file, and
+`panel` draws a single one, for the page. All functions that draw return a matplotlib figure.
 """
 
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from configurator import Parser
-from errors import UserError, run
-from eval.runs import read_runs, run_names
-from manifest import in_order
-from metrics import read_lines
+from cli import Parser, UserError
+from cli import run as run_command
+from corpus.manifest import in_order
+from eval import perplexity
+from eval.runs import Column, RunFolder, columns_of, read_runs
 from reweight import STRATEGIES, normalize_losses, sample_weights
 
-# Okabe and Ito's colours, safe for colour-blind readers; lines, markers and hatches tell runs apart in grey.
+# Okabe and Ito's colors, safe for color-blind readers. In black and white, lines, markers and
+# hatches tell runs apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS, HATCHES = "os^Dv<>", ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
+MARKERS = "os^Dv<>"
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
+# A panel of the page: size and ends of the axes (left, bottom, right, top) in points, colors of
+# text and grid.
+PANEL = (344, 194)
+PANEL_AXES = (46, 24, 326, 184)
+MUTED = "#5c6670"
+RULE = "#d8dde2"
+
 TEMPERATURES = (0.1, 0.4, 1.0)
+POINTS = 120  # of a line, at most: ten runs on a page stay below 1 MB
+BINS = 50  # of a histogram
+
+Columns = list[Column]
+
+
+class Line(NamedTuple):
+    """A run in a chart."""
+
+    setting: int  # index of the run's column in the tables; runs of a column look alike
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Chart(NamedTuple):
+    """The lines of a panel: at most POINTS points each, all of them finite; no empty line."""
+
+    title: str
+    lines: list[Line]
+    low: float | None = None  # ends of the y axis; None: a little beyond the values
+    high: float | None = None
+    x: str = "step"  # what the x axis shows
+
+
+# Charts of runs
+
+
+def loss_charts(columns: Columns) -> list[Chart]:
+    """Validation loss in nats per token: the mean of the domains, then each domain."""
+    mean = over_steps(columns, "eval", "mean_loss")
+    charts = [make_chart("mean of the domains", mean)]
+    for domain in groups_in(columns, "eval", "domains"):
+        lines = over_steps(columns, "eval", "domains", domain, "loss")
+        charts.append(make_chart(domain, lines))
+    return charts
+
+
+def training_charts(columns: Columns) -> list[Chart]:
+    """Loss, effective sample size, largest weight, and histograms at the last evaluation."""
+    loss = smoothed(over_steps(columns, "train", "loss"))
+    largest = smoothed(over_steps(columns, "train", "max_weight"))
+    of_losses = histogram_lines(columns, "loss")
+    of_weights = histogram_lines(columns, "weight")
+    return [
+        make_chart("training loss, unweighted (nats)", loss),
+        sample_size_chart(columns),
+        make_chart("largest weight (1: the mean)", largest, low=0),
+        make_chart("% of samples by loss, last evaluation", of_losses, low=0, x="loss"),
+        make_chart("% of samples by weight, last evaluation", of_weights, low=0, x="weight"),
+    ]
+
+
+def sample_size_chart(columns: Columns) -> Chart:
+    """1 / sum of squared weights, as a share of the global batch."""
+    lines = smoothed(over_steps(columns, "train", "ess"))
+    return make_chart("effective sample size (share of the batch)", lines, low=0, high=1.05)
+
+
+def share_charts(columns: Columns, label: str) -> list[Chart]:
+    """Share of the weight over share of the samples: a chart per domain or kind of document.
+
+    label: "domain" or "kind". All charts have the same y axis; [] where no run logged the shares.
+    """
+    charts = []
+    for group in groups_in(columns, "train", f"samples_by_{label}"):
+        charts.append(make_chart(group, share_lines(columns, label, group)))
+    lines = [line for chart in charts for line in chart.lines]
+    if not lines:
+        return []
+    low = min(line.y.min() for line in lines) - 0.05
+    high = max(line.y.max() for line in lines) + 0.05
+    return [chart._replace(low=low, high=high) for chart in charts]
+
+
+def make_chart(title: str, lines: list[Line], **options) -> Chart:
+    """A Chart from lines of any length; options: its fields low, high and x."""
+    drawn = []
+    for line in lines:
+        finite = np.flatnonzero(np.isfinite(line.y))
+        if len(finite) == 0:
+            continue
+        every = math.ceil(len(finite) / POINTS)
+        kept = np.append(finite[:-1:every], finite[-1])
+        drawn.append(Line(line.setting, line.x[kept], line.y[kept]))
+    return Chart(title, drawn, **options)
+
+
+def runs_in(columns: Columns) -> Iterator[tuple[int, RunFolder]]:
+    """Each run with the index of its column."""
+    for setting, column in enumerate(columns):
+        for run in column.runs:
+            yield setting, run
+
+
+def groups_in(columns: Columns, kind: str, key: str) -> tuple[str, ...]:
+    """The names of the domains or kinds of document that records have under `key`."""
+    groups = set()
+    for _, run in runs_in(columns):
+        for record in run.records(kind):
+            groups.update(record.get(key, ()))
+    return in_order(groups)
+
+
+def over_steps(columns: Columns, kind: str, *keys: str, default: float | None = None) -> list[Line]:
+    """A line per run: the value that its records of this kind have under `keys`, one in another.
+
+    default: where only the last key is absent. A record without a value is left out.
+    """
+    lines = []
+    for setting, run in runs_in(columns):
+        x, y = [], []
+        for record in run.records(kind):
+            value = look_up(record, keys, default)
+            if value is not None:
+                x.append(record["step"])
+                y.append(value)
+        lines.append(Line(setting, np.array(x, float), np.array(y, float)))
+    return lines
+
+
+def look_up(record: dict, keys: tuple[str, ...], default: float | None) -> float | None:
+    *outer_keys, last_key = keys
+    for key in outer_keys:
+        record = record.get(key)
+        if record is None:
+            return None
+    return record.get(last_key, default)
+
+
+def share_lines(columns: Columns, label: str, group: str) -> list[Line]:
+    """Share of the weight over share of the samples of one domain or kind."""
+    # A record has no entry for a group of which no sample was drawn.
+    weights = over_steps(columns, "train", f"weight_by_{label}", group, default=0.0)
+    samples = over_steps(columns, "train", f"samples_by_{label}", group, default=0.0)
+    lines = []
+    for weight, sample in zip(weights, samples, strict=True):
+        weight_share = smooth(weight.y)
+        sample_share = smooth(sample.y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = weight_share / sample_share
+        lines.append(Line(weight.setting, weight.x, ratio))
+    return lines
+
+
+def histogram_lines(columns: Columns, of: str) -> list[Line]:
+    """Percent of the samples in bins that the runs share, at the last evaluation.
+
+    of: "loss" or "weight". A run whose samples are all alike gets no line.
+    """
+    histograms = []
+    for setting, run in runs_in(columns):
+        records = run.records("histogram")
+        if not records:
+            continue
+        histogram = records[-1][of]
+        if np.count_nonzero(histogram["counts"]) > 1:
+            histograms.append((setting, histogram))
+    if not histograms:
+        return []
+    low = min(histogram["low"] for _, histogram in histograms)
+    high = max(histogram["high"] for _, histogram in histograms)
+    edges = np.linspace(low, high, BINS + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    lines = []
+    for setting, histogram in histograms:
+        percent = percent_in_bins(histogram, edges)
+        lines.append(Line(setting, middles, percent))
+    return lines
+
+
+def percent_in_bins(histogram: dict, edges: np.ndarray) -> np.ndarray:
+    """(BINS,) percent of a histogram's samples, as if each of its own bins were filled evenly."""
+    total = np.cumsum([0, *histogram["counts"]])
+    percent_below = 100 * total / total[-1]
+    own_edges = np.linspace(histogram["low"], histogram["high"], len(total))
+    return np.diff(np.interp(edges, own_edges, percent_below))
+
+
+def smoothed(lines: list[Line]) -> list[Line]:
+    result = []
+    for line in lines:
+        y = smooth(line.y)
+        result.append(Line(line.setting, line.x, y))
+    return result
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Running mean over a twentieth of the values.
+
+    The window is shorter at both ends, so that every mean is centered on its value.
+    """
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    first = np.maximum(index - half, 0)
+    end = np.minimum(index + half + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
+
+
+# Drawing
 
 
 def pyplot():
-    """matplotlib without a screen, in our style; imported here so that importing this file draws nothing."""
+    """matplotlib.pyplot for a machine without a screen, in our style, which holds for all figures.
+
+    It is imported here because it is slow and only scripts that call it need it.
+    """
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "savefig.bbox": "tight"})
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 150,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "savefig.bbox": "tight",
+            "text.parse_math": False,
+        }
+    )
     return plt
 
 
 def style(i: int) -> dict:
-    return {"color": COLOURS[i % 7], "linestyle": LINES[(i + i // 7) % 7]}  # the first 49 differ
+    """Color and dashes of the line of setting i; the first 49 differ."""
+    return {"color": COLOURS[i % 7], "linestyle": LINES[(i + i // 7) % 7]}
 
 
-def loss_curves(names: list[str], metrics: list[list[dict]], path: Path) -> Path:
-    """Validation loss against steps: the mean, then each domain."""
-    plt = pyplot()
-    evals = [[r for r in records if r["kind"] == "eval"] for records in metrics]
-    held = in_order({d for records in evals for r in records for d in r["domains"]})
-    rows = len(held) // 4 + 1  # one panel more than domains
-    fig, axes = plt.subplots(rows, 4, figsize=(10, 2.1 * rows + 0.4), sharex=True, layout="constrained")
-    for ax, domain in zip(axes.flat, [None, *held], strict=False):
-        shown = []  # losses after the first tenth of the run
-        for i, (name, records) in enumerate(zip(names, evals, strict=True)):
-            points = [(r["step"], r["mean_loss"] if domain is None else r["domains"][domain]["loss"])
-                      for r in records if domain is None or domain in r["domains"]]
-            ax.plot([step for step, _ in points], [loss for _, loss in points], label=name, marker=MARKERS[i % 7],
-                    markersize=2.5, lw=1.2, **style(i))
-            shown += [loss for step, loss in points if step > 0.1 * records[-1]["step"]]
-        ax.set_title(domain or "mean of the domains", fontsize=9, fontweight=None if domain else "bold")
-        if shown:  # the untrained model's loss would squeeze all that matters
-            margin = 0.1 * (max(shown) - min(shown)) + 1e-3
-            ax.set_ylim(min(shown) - margin, max(shown) + margin)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))  # few enough for labels of five digits
-    for ax in axes.flat[len(held) + 1:]:
+def panels(charts: list[Chart], names: list[str], y_label: str) -> Figure:
+    """Charts side by side in one figure, below a legend with the names of the settings."""
+    pyplot()
+    across = min(4, len(charts))
+    rows = math.ceil(len(charts) / across)
+    width = max(2.5 * across, 5)
+    height = 2.2 * rows + 0.4
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False).flatten()
+    line_of = {}  # an example for each setting
+    for ax, chart in zip(axes, charts, strict=False):
+        draw(ax, chart, MARKERS)
+        settings = [line.setting for line in chart.lines]
+        line_of.update(zip(settings, ax.lines, strict=True))
+        if len(charts) > 1:
+            ax.set_title(chart.title, fontsize=9)
+    for ax in axes[len(charts) :]:
         ax.set_visible(False)
-    fig.supxlabel("optimizer step", fontsize=9)
-    fig.supylabel("validation loss (nats per token)", fontsize=9)
-    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
-    fig.savefig(path)
-    plt.close(fig)
-    return path
+
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel(y_label, fontsize=9)
+    settings = sorted(line_of)
+    figure.legend(
+        handles=[line_of[i] for i in settings],
+        labels=[names[i] for i in settings],
+        loc="outside upper center",
+        ncols=min(4, len(settings)),
+    )
+    return figure
 
 
-def domain_perplexity(names: list[str], results: list[dict | None], path: Path) -> Path:
-    """Perplexity per domain, a bar per run; a run without a value leaves a gap, not a bar of height 0."""
-    plt = pyplot()
-    held = in_order({d for r in results if r for d in r["domains"]})
-    fig, ax = plt.subplots(figsize=(max(8, 1.1 * len(held)), 3.2), layout="constrained")
-    width = 0.8 / len(names)
-    for i, (name, result) in enumerate(zip(names, results, strict=True)):
-        at = [x - 0.4 + (i + 0.5) * width for x in range(len(held))]
-        ppl = [result["domains"][d]["ppl"] if result and d in result["domains"] else math.nan for d in held]
-        bars = ax.bar(at, ppl, width, label=name if result else f"{name} (missing)", color=COLOURS[i % 7], alpha=0.85,
-                      hatch=HATCHES[i % 7], edgecolor="white")
-        if len(names) <= 3:
-            ax.bar_label(bars, ["missing" if math.isnan(p) else f"{p:.2f}" for p in ppl], fontsize=6.5, padding=1)
-    ax.set_xticks(range(len(held)), held)
+def panel(chart: Chart) -> Figure:
+    """A chart by itself, small enough for a phone and without its title; it needs a line."""
+    pyplot()
+    width, height = PANEL
+    left, bottom, right, top = PANEL_AXES
+    figure = Figure((width / 72, height / 72), frameon=False)
+    ax = figure.add_axes(
+        (
+            left / width,
+            bottom / height,
+            (right - left) / width,
+            (top - bottom) / height,
+        ),
+        frameon=False,
+    )
+    draw(ax, chart)
+    first = min(line.x[0] for line in chart.lines)
+    last = max(line.x[-1] for line in chart.lines)
+    if first == last:
+        last = first + 1
+    ax.set_xlim(first, last)
+    ax.grid(axis="x", visible=False)
+    ax.grid(axis="y", color=RULE, alpha=1, linewidth=1)
+    ax.tick_params(length=0, labelsize=11, labelcolor=MUTED)
+    ax.tick_params("x", pad=9)
+    ax.tick_params("y", pad=6)
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+    return figure
+
+
+def draw(ax: Axes, chart: Chart, markers: str = "") -> None:
+    """The lines of a chart; those of few points with markers.
+
+    Line i has the group id "line-i", by which a page finds it.
+    """
+    for i, line in enumerate(chart.lines):
+        x, y = line.x, line.y
+        if len(x) == 1:  # SVG draws a dot where a line has two equal points
+            x, y = x.repeat(2), y.repeat(2)
+        ax.plot(
+            x,
+            y,
+            marker=markers[line.setting % 7] if markers and len(x) < 30 else "",
+            markersize=2.5,
+            linewidth=1.2,
+            gid=f"line-{i}",
+            **style(line.setting),
+        )
+    if chart.lines:
+        ax.set_ylim(y_limits(chart))
+    # Few enough ticks for labels of five digits.
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=chart.x == "step"))
+
+
+def y_limits(chart: Chart) -> tuple[float, float]:
+    """The ends of the y axis.
+
+    The first tenth of a run does not count: the untrained model's loss would squeeze all the rest.
+    """
+    values = []
+    for line in chart.lines:
+        y = line.y
+        if chart.x == "step":
+            y = y[line.x >= 0.1 * line.x[-1]]
+        values.append(y)
+    values = np.concatenate(values)
+    largest = np.abs(values).max()
+    margin = 0.08 * np.ptp(values) + 1e-3 * largest + 1e-9
+    low, high = chart.low, chart.high
+    if low is None:
+        low = values.min() - margin
+    if high is None:
+        high = values.max() + margin
+    return low, high
+
+
+def domain_perplexity(columns: Columns, results: dict[RunFolder, dict]) -> Figure:
+    """Validation perplexity per domain, a bar per run; a run without a value leaves a gap."""
+    pyplot()
+    domains = set()
+    for result in results.values():
+        domains.update(result["domains"])
+    domains = in_order(domains)
+    size = (max(8, 1.1 * len(domains)), 3.2)
+    figure = Figure(size, layout="constrained")
+    ax = figure.subplots()
+    runs = list(runs_in(columns))
+    width = 0.8 / len(runs)
+    for i, (setting, run) in enumerate(runs):
+        left = np.arange(len(domains)) - 0.4 + i * width
+        heights = perplexities(results.get(run), domains)
+        bars = ax.bar(
+            left,
+            heights,
+            width,
+            align="edge",
+            color=COLOURS[setting % 7],
+            hatch=HATCHES[setting % 7],
+            edgecolor="white",
+            alpha=0.85,
+        )
+        name, members = columns[setting]
+        if results.keys().isdisjoint(members):
+            name += " (missing)"
+        if run is members[0]:
+            bars.set_label(name)
+        if len(runs) <= 3:
+            texts = ["missing" if math.isnan(ppl) else f"{ppl:.2f}" for ppl in heights]
+            ax.bar_label(bars, texts, fontsize=6.5, padding=1)
+    ax.set_xticks(range(len(domains)), domains)
     ax.set_ylabel("validation perplexity per token")
     ax.grid(axis="x", visible=False)
-    fig.legend(loc="outside upper center", ncols=min(4, len(names)))
-    fig.savefig(path)
-    plt.close(fig)
-    return path
+    figure.legend(loc="outside upper center", ncols=min(4, len(columns)))
+    return figure
 
 
-def smooth(values: list[float]) -> np.ndarray:
-    """Running mean over a twentieth of the values; shorter at both ends, so that every value stands over its step."""
-    half = max(1, len(values) // 40)
-    total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
-    at = np.arange(len(values))
-    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (total[end] - total[first]) / (end - first)
+def perplexities(result: dict | None, domains: Sequence[str]) -> list[float]:
+    """A result's perplexity of each domain; NaN where it has none."""
+    if result is None:
+        return [math.nan] * len(domains)
+    values = []
+    for domain in domains:
+        entry = result["domains"].get(domain)
+        values.append(entry["ppl"] if entry else math.nan)
+    return values
 
 
-def shares_over_time(names: list[str], metrics: list[list[dict]], label: str, path: Path) -> Path:
-    """Share of the weight that each domain (or kind) gets, over its share of the samples; a panel per run."""
-    plt = pyplot()
-    lines = [[r for r in records if r["kind"] == "train" and f"samples_by_{label}" in r] for records in metrics]
-    there = {name for records in lines for r in records for name in r[f"samples_by_{label}"]}
-    kinds = [name for name in ("ordinary", "redundant", "noise") if name in there]
-    groups = [*in_order(there - set(kinds)), *kinds]
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.6), sharex=True, sharey=True,
-                             layout="constrained", squeeze=False)
-    for ax, name, records in zip(axes.flat, names, lines, strict=False):
-        for i, group in enumerate(groups):
-            weight, samples = (smooth([r[f"{key}_by_{label}"].get(group, 0.0) for r in records])
-                               for key in ("weight", "samples"))
-            ratio = np.divide(weight, samples, out=np.full_like(weight, np.nan), where=samples > 0)
-            ax.plot([r["step"] for r in records], ratio, label=group, lw=1.2, **style(i))
-        ax.axhline(1, color="0.6", lw=0.8)
-        ax.set_title(name, fontsize=9)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
-    for ax in axes.flat[len(names):]:
-        ax.set_visible(False)
-    fig.supxlabel("optimizer step", fontsize=9)
-    fig.supylabel("share of weight / share of samples", fontsize=9)
-    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center",
-               ncols=min(len(groups), 4 if columns < 3 else 7))
-    fig.savefig(path)
-    plt.close(fig)
-    return path
-
-
-def effective_sample_size(names: list[str], metrics: list[list[dict]], path: Path) -> Path:
-    """1 / sum of squared weights as a share of the global batch, over the steps; a line per run."""
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-    for i, (name, records) in enumerate(zip(names, metrics, strict=True)):
-        lines = [r for r in records if r["kind"] == "train"]
-        ax.plot([r["step"] for r in lines], smooth([r["ess"] for r in lines]), label=name, lw=1.3, **style(i))
-    ax.set_ylim(0, 1.05)
-    ax.set_xlabel("optimizer step")
-    ax.set_ylabel("effective sample size / G")
-    fig.legend(loc="outside upper center", ncols=min(4, len(names)))
-    fig.savefig(path)
-    plt.close(fig)
-    return path
-
-
-def weights(path: Path) -> Path:
+def weights() -> Figure:
     """Weight against loss of each strategy for 101 evenly spread losses, by temperature."""
-    plt = pyplot()
+    pyplot()
     losses = torch.linspace(0, 1, 101)
     h = normalize_losses(losses)
-    fig, axes = plt.subplots(1, len(STRATEGIES), figsize=(2 * len(STRATEGIES), 2.5), sharex=True, layout="constrained")
+    size = (2 * len(STRATEGIES), 2.5)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(1, len(STRATEGIES), sharex=True)
     for ax, (name, f) in zip(axes, STRATEGIES.items(), strict=True):
         for i, r in enumerate(TEMPERATURES):
-            ax.plot(h, sample_weights(losses, name, r) * len(losses), label=f"weight, r = {r}", lw=1.4, **style(i))
-        ax.plot(h, f(h, 1.0), label="f(h)", color="0.6", lw=1)
+            weight = sample_weights(losses, name, r) * len(losses)
+            ax.plot(
+                h,
+                weight,
+                label=f"weight, r = {r}",
+                linewidth=1.4,
+                **style(i),
+            )
+        ax.plot(h, f(h, 1.0), label="f(h)", color="0.6", linewidth=1)
         ax.set_title(name, fontsize=9)
         ax.set_ylim(bottom=-0.1)
+
     axes[0].set_ylabel("weight x N, and f(h)")
-    fig.supxlabel("normalised loss h (-1: lowest of the batch, 1: highest)", fontsize=9)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    fig.savefig(path)
-    plt.close(fig)
-    return path
+    figure.supxlabel("normalized loss h (-1: lowest of the batch, 1: highest)", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=4,
+    )
+    return figure
+
+
+# The command
 
 
 def main() -> None:
@@ -176,28 +481,47 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--to", required=True, help="folder for the PNG files")
     args = parser.parse_args()
-    configs, results = read_runs(args.runs)
-    metrics = [read_lines(Path(folder) / "metrics.jsonl") for folder in args.runs]
-    empty = [folder for folder, records in zip(args.runs, metrics, strict=True)
-             if not any(r["kind"] == "eval" for r in records)]
-    if empty:
-        raise UserError(f"{empty[0]}: no evaluation in metrics.jsonl; train it first")
+    runs = read_runs(args.runs)
+    for run in runs:
+        if not run.records("eval"):
+            raise UserError(f"{run.path}: no evaluation in metrics.jsonl; train it first")
     to = Path(args.to)
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to {to}: {error.strerror}; give a folder that can be made") from None
-    print(weights(to / "weights.png"))
-    if args.runs:
-        names = run_names(configs)
-        print(loss_curves(names, metrics, to / "loss_curves.png"))
-        print(shares_over_time(names, metrics, "domain", to / "weight_by_domain.png"))
-        if any("weight_by_kind" in r for records in metrics for r in records):
-            print(shares_over_time(names, metrics, "kind", to / "weight_by_kind.png"))
-        print(effective_sample_size(names, metrics, to / "effective_sample_size.png"))
-        if any(results):  # with no run evaluated there is nothing to draw; stderr has said so
-            print(domain_perplexity(names, results, to / "domain_perplexity.png"))
+    save(weights(), to / "weights.png")
+    if runs:
+        plot_runs(runs, to)
+
+
+def plot_runs(runs: list[RunFolder], to: Path) -> None:
+    """All figures that need runs."""
+    columns = columns_of(perplexity.settings(runs))
+    names = [column.name for column in columns]
+
+    figure = panels(loss_charts(columns), names, "validation loss (nats per token)")
+    save(figure, to / "loss_curves.png")
+
+    for label in ("domain", "kind"):
+        charts = share_charts(columns, label)
+        if charts:
+            figure = panels(charts, names, "share of weight / share of samples")
+            save(figure, to / f"weight_by_{label}.png")
+
+    figure = panels([sample_size_chart(columns)], names, "effective sample size / G")
+    save(figure, to / "effective_sample_size.png")
+
+    results = perplexity.read_all(runs)
+    if results:
+        figure = domain_perplexity(columns, results)
+        save(figure, to / "domain_perplexity.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path)
+    print(path)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

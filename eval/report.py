@@ -1,374 +1,487 @@
-"""One HTML page about a set of runs: tables, curves, what the weights did, configs, how to make the runs again.
+"""One HTML page about a set of runs: tables, charts, configs, and the commands to make them again.
 
     python eval/report.py runs/a runs/b --out report.html
 
-The page holds all that it shows and loads nothing, so it can be opened or sent as it is; the same runs give the same
-bytes. Reads RUN/config.json, RUN/metrics.jsonl, RUN/eval/perplexity.json and RUN/eval/fewshot.json; what is absent is
-"missing". report_template.html beside this file has the style and the script of the read-out.
+The page loads nothing, so it can be opened or sent as it is, and the same runs give the same bytes.
+It shows the tables of all evaluations (EVALUATIONS in eval/tables.py) and the charts of
+eval/plots.py, which need RUN/config.json and RUN/metrics.jsonl; what a run does not have is shown
+as "missing". The style of the page, and the script that shows a chart's values, are in
+report_template.html.
 
-The charts are drawn here and not by eval/plots.py, whose figures put up to eight panels into one picture: a phone
-cannot rearrange them nor a dark page recolour them. A line is a run, in the colour of its setting, which is a column
-of the tables.
+A line of a chart is a run, in the color of its setting, which is a column of the tables. Each chart
+is a figure of its own, so that a phone can put them below each other.
 """
 
 import base64
 import hashlib
+import io
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from string import Template
-from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the modules of the root are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from matplotlib.ticker import MaxNLocator
+import matplotlib
 
-from configurator import Parser
-from errors import UserError, run
-from eval.plots import COLOURS, smooth
-from eval.runs import Groups, columns, read_fewshot, read_runs
-from eval.tables import MISSING, Table, cell, lines_of, sections
+from cli import Parser, UserError
+from cli import run as run_command
+from eval import fewshot, perplexity, plots
+from eval.plots import COLOURS, Chart
+from eval.runs import MISSING, Column, Row, RunFolder, Table, cell, columns_of, read_runs
+from eval.tables import EVALUATIONS
 from files import write_text
-from manifest import in_order
-from metrics import read_lines
 
-BEST = "\x02"  # before the text of a cell in bold
-METRICS = {"ppl": "Perplexity", "loss": "Loss", "bits_per_byte": "Bits per byte"}  # a tab each
-DARK_COLOURS = ("#5aa9e6", "#f0813a", "#2dbd91", "#de96bf", "#f0b429", "#a5d8f6", "#ffffff")  # COLOURS, on black
-DASHES = ("none", "7 3", "2 3")  # of settings 0 to 6, 7 to 13, and those after
-ELSEWHERE = {"identity", "command", "out_dir", "versions", "seed"}  # keys with a place of their own on the page
-POINTS = 150  # of a smoothed line, at most
-Line = tuple[int, list[float], list[float]]  # setting, x, y
+# COLOURS, on a dark page.
+DARK_COLOURS = ("#5aa9e6", "#f0813a", "#2dbd91", "#de96bf", "#f0b429", "#a5d8f6", "#ffffff")
+DASHES = ("none", "7 3", "2 3")  # of settings 0 to 6, 7 to 13, and all others
+TABS = {"ppl": "Perplexity", "loss": "Loss", "bits_per_byte": "Bits per byte"}
+# Keys of config.json that the page shows elsewhere than in the table of runs.
+SHOWN_ELSEWHERE = {"identity", "command", "out_dir", "versions", "seed"}
 
-
-class Run(NamedTuple):
-    folder: str
-    label: str
-    setting: int  # column of the tables
-    config: dict
-    result: dict | None  # of eval/perplexity.py
-    fewshot: dict | None  # of eval/fewshot.py
-    metrics: list[dict]
-
-    def lines(self, kind: str) -> list[dict]:
-        return [line for line in self.metrics if line["kind"] == kind]
+Labels = dict[RunFolder, str]  # what the page calls each run
 
 
-def distinct(values: Iterable) -> str:
-    """The values that are there, each once, as text."""
-    texts = (f"{v:,}" if type(v) is int else str(v) for v in values if v not in (None, ""))
-    return ", ".join(dict.fromkeys(texts)) or MISSING
+# Tables
+
+
+def table_html(table: Table, names: list[str]) -> str:
+    """A table that scrolls in its own width.
+
+    A column whose name is in `names`, the names of all settings, gets the line of its setting.
+    """
+    head = ""
+    for text in (table.head, *table.columns):
+        label = setting_label(names.index(text), text) if text in names else escape(text)
+        head += f'<th scope="col">{label}</th>'
+    first_summary = next((i for i, row in enumerate(table.rows) if row.is_summary), 0)
+    body = ""
+    for i, row in enumerate(table.rows):
+        cells = "".join(cell_html(text, is_best) for text, is_best in row.texts())
+        rule = ' class="sum"' if i > 0 and i == first_summary else ""
+        body += f'<tr{rule}><th scope="row">{escape(row.label)}</th>{cells}</tr>'
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def cell_html(text: str, is_best: bool) -> str:
+    kind = "best" if is_best else ""
+    if text == MISSING:
+        kind = "muted"
+    return f'<td class="{kind}">{escape(text)}</td>'
+
+
+def titled(tables: list[Table], names: list[str]) -> str:
+    """Tables, each below its title and above its note."""
+    html = ""
+    for table in tables:
+        html += f"<h3>{escape(table.title)}</h3>{table_html(table, names)}"
+        if table.note:
+            html += f'<p class="muted">{escape(table.note)}</p>'
+    return html
+
+
+def missing(why: str = "") -> str:
+    return f'<p class="muted">{MISSING}{escape(why)}</p>'
+
+
+def evaluation_sections(runs: list[RunFolder], columns: list[Column]) -> dict[str, str]:
+    """Heading -> the tables of the evaluations with this heading."""
+    names = [column.name for column in columns]
+    sections = {}
+    for evaluation in EVALUATIONS:
+        tables = evaluation.tables(runs)
+        if evaluation is perplexity:
+            html = perplexity_section(runs, columns, tables)
+        else:
+            html = titled(tables, names)
+        sections[evaluation.HEADING] = sections.get(evaluation.HEADING, "") + html
+    return sections
+
+
+def perplexity_section(runs: list[RunFolder], columns: list[Column], tables: list[Table]) -> str:
+    """The lowest average loss of each size, then the tables, one metric at a time."""
+    if not perplexity.read_all(runs):
+        return missing(": no run is evaluated yet")
+    leads = ""
+    for model in dict.fromkeys(run.config["model"] for run in runs):
+        leads += lead(model, [c for c in columns if c.runs[0].config["model"] == model])
+    names = [column.name for column in columns]
+    buttons, tabs = "", ""
+    for metric, title in TABS.items():
+        checked = " checked" if metric == "ppl" else ""
+        buttons += f'<input type="radio" name="metric" id="{metric}"{checked}>'
+        buttons += f'<label class="tabs" for="{metric}">{title}</label>'
+        shown = titled([table for table in tables if table.what == metric], names)
+        note = '<p class="muted">The lowest of a row is in bold.</p>'
+        tabs += f'<div class="tab {metric}">{shown}{note}</div>'
+    return f"{leads}<div>{buttons}{tabs}</div>"
+
+
+def lead(model: str, columns: list[Column]) -> str:
+    """A sentence on the setting of this model size with the lowest average loss."""
+    results = perplexity.read_all([run for column in columns for run in column.runs])
+    losses = {}
+    for column in columns:
+        of_column = [results[run]["mean_loss"] for run in column.runs if run in results]
+        if of_column:
+            losses[column.name] = of_column
+    if not losses:
+        return ""
+    best = min(losses, key=lambda name: fmean(losses[name]))
+    what = f"Lowest average loss, {model}: {best}" if len(losses) > 1 else f"Average loss, {best}"
+    return f'<p class="lead">{escape(what)}, {cell(losses[best], 4)} nats per token.</p>'
+
+
+# Charts
+
+
+class Charts:
+    """Draws charts for the page and numbers them, so that no two elements have the same id."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.count = 0
+
+    def grid(self, charts: list[Chart]) -> str:
+        """Charts side by side, as many as fit, below a legend of all settings."""
+        drawn = {line.setting for chart in charts for line in chart.lines}
+        legend = ""
+        for i, name in enumerate(self.names):
+            note = "" if i in drawn else f" ({MISSING})"
+            legend += f"<span>{setting_label(i, name)}{note}</span>"
+        figures = "".join(self.figure(chart) for chart in charts)
+        return f'<div class="legend">{legend}</div><div class="grid">{figures}</div>'
+
+    def figure(self, chart: Chart) -> str:
+        self.count += 1
+        svg = self.svg(chart) if chart.lines else missing()
+        return f"<figure><figcaption>{escape(chart.title)}</figcaption>{svg}</figure>"
+
+    def svg(self, chart: Chart) -> str:
+        """A chart as SVG that takes its colors from the page and has its points as data."""
+        figure = plots.panel(chart)
+        file = io.StringIO()
+        options = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.bbox": None}
+        with matplotlib.rc_context(options):
+            figure.savefig(file, format="svg")
+        svg = file.getvalue()
+        svg = svg[svg.index('<g id="figure_1">') :]  # without XML header, date and style
+        svg = re.sub(r"(\.\d\d)\d+(?= )", r"\1", svg)  # coordinates of paths, not labels
+        svg = re.sub(r"font-family: [^;]*; ", "", svg)
+        svg = re.sub(r'( id="|url\(#)', rf"\g<1>chart{self.count}-", svg)
+        svg = svg.replace(" \nL ", "L")
+        svg = svg.replace(plots.MUTED, "var(--muted)")
+        svg = svg.replace(plots.RULE, "var(--rule)")
+        svg = re.sub(
+            r'<g id="chart\d+-line-(\d+)">\s*<path (.*?) style="[^"]*"/>',
+            lambda match: self.line(chart.lines[int(match[1])], match[2]),
+            svg,
+            flags=re.DOTALL,
+        )
+
+        # What the x axis would show at both ends of the picture, for the script.
+        corners = [(0, 0), (figure.bbox.width, 0)]
+        (left, _), (right, _) = figure.axes[0].transData.inverted().transform(corners)
+        width, height = plots.PANEL
+        attributes = (
+            f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}" '
+            f'data-x="{chart.x}" data-left="{left:.8g}" data-right="{right:.8g}"'
+        )
+        return f'<svg class="plot" {attributes}>{svg}'
+
+    def line(self, line: plots.Line, path: str) -> str:
+        """The opening of the group of a line, and its path with these attributes."""
+        pairs = zip(line.x, line.y, strict=True)
+        points = " ".join(f"{x:.8g},{y:.6g}" for x, y in pairs)
+        name = escape(self.names[line.setting])
+        attributes = f'data-name="{name}" data-points="{points}" {stroke(line.setting)}'
+        return f'<g class="line" {attributes}><path {path}/>'
 
 
 def stroke(i: int) -> str:
-    return f'style="stroke:var(--c{i % 7});stroke-dasharray:{DASHES[min(i // 7, 2)]}"'
-
-
-def data_name(name: str) -> str:
-    return f'data-name="{escape(name)}"'
+    """The color and dashes of setting i."""
+    dashes = DASHES[min(i // 7, 2)]
+    return f'style="stroke:var(--c{i % 7});stroke-dasharray:{dashes}"'
 
 
 def setting_label(i: int, name: str) -> str:
-    """The line of setting i as the charts have it, its strategy, its other settings in small."""
+    """The line of setting i in the charts, its strategy, and the rest of its name in small."""
     strategy, *others = name.split(" ", 1)
-    line = f'<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><polyline points="1,5 21,5" {stroke(i)}/></svg>'
-    return line + escape(strategy) + "".join(f" <small>{escape(text)}</small>" for text in others)
+    line = f'<path d="M1 5H21" {stroke(i)}/>'
+    key = f'<svg class="key line" viewBox="0 0 22 10" aria-hidden="true">{line}</svg>'
+    small = "".join(f" <small>{escape(text)}</small>" for text in others)
+    return key + escape(strategy) + small
 
 
-def table(lines: list[list[str]], names: list[str] = (), summary: int | None = None) -> str:
-    """Cells of text, the head first, as HTML that scrolls in its own width; a head among `names` gets its line, and a
-    rule stands above row `summary`."""
-    head = "".join(f'<th scope="col">{setting_label(names.index(c), c) if c in names else escape(c)}</th>'
-                   for c in lines[0])
-    body = []
-    for i, (first, *cells) in enumerate(lines[1:]):
-        row = "".join(f'<td class="{"best" if c.startswith(BEST) else "muted" if c == MISSING else ""}">'
-                      f"{escape(c.lstrip(BEST))}</td>" for c in cells)
-        rule = ' class="sum"' if i == summary else ""
-        body.append(f'<tr{rule}><th scope="row">{escape(first)}</th>{row}</tr>')
-    return (f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
-            "</table></div>")
-
-
-def titled(found: Table, names: list[str]) -> str:
-    """One of eval/tables.py's tables below its title and above its note."""
-    summary = next((i for i, row in enumerate(found.rows) if row.summary and i), None)
-    note = f'<p class="muted">{escape(found.note)}</p>' if found.note else ""
-    return f"<h3>{escape(found.title)}</h3>{table(lines_of(found, BEST + '{}', str), names, summary)}{note}"
-
-
-def chart(title: str, names: list[str], lines: list[Line], low: float | None = None, high: float | None = None,
-          x: str = "step") -> str:
-    """A figure of lines, without the values that are not finite. low, high: of the y axis (default: of what is seen).
-
-    The points stand in the page as they are, so that the read-out needs nothing else: the inner svg's view is the
-    range of the data, turned over since y goes down there.
-    """
-    finite = [(i, [(a, b) for a, b in zip(xs, ys, strict=True) if math.isfinite(b)]) for i, xs, ys in lines]
-    lines = [(i, points) for i, points in finite if points]
-    caption = f"<figcaption>{escape(title)}</figcaption>"
-    if not lines:
-        return f'<figure>{caption}<p class="muted">{MISSING}</p></figure>'
-    left, right = min(points[0][0] for _, points in lines), max(points[-1][0] for _, points in lines)
-    # The untrained model's loss would squeeze all that matters, so the first tenth of a run does not count.
-    seen = [b for _, points in lines for a, b in points if x != "step" or a >= 0.1 * points[-1][0]]
-    margin = 0.08 * (max(seen) - min(seen)) + 1e-3 * max(map(abs, seen)) + 1e-9
-    low, high = min(seen) - margin if low is None else low, max(seen) + margin if high is None else high
-    width, height = right - left or 1, high - low
-    ys, xs = ([t for t in MaxNLocator(4).tick_values(*ends) if ends[0] <= t <= ends[1]]
-              for ends in ((low, high), (left, left + width)))
-    marks = "".join(f'<line class="rule" x1="46" x2="326" y1="{at:.1f}" y2="{at:.1f}"/><text x="40" y="{at + 4:.1f}" '
-                    f'text-anchor="end">{t:,.6g}</text>' for t in ys for at in [10 + (high - t) / height * 160])
-    marks += "".join(f'<text x="{46 + (t - left) / width * 280:.1f}" y="188" text-anchor="middle">{t:,.6g}</text>'
-                     for t in xs)
-    drawn = "".join(f'<polyline {data_name(names[i])} {stroke(i)} points="'
-                    + " ".join(f"{a:.8g},{b:.6g}" for a, b in (points if len(points) > 1 else 2 * points)) + '"/>'
-                    for i, points in lines)
-    return (f'<figure>{caption}<svg viewBox="0 0 344 194" role="img" aria-label="{escape(title)}">{marks}'
-            f'<svg class="plot" data-x="{x}" x="46" y="10" width="280" height="160" preserveAspectRatio="none" '
-            f'viewBox="{left:.8g} {-high:.6g} {width:.8g} {height:.6g}"><rect x="{left:.8g}" y="{-high:.6g}" '
-            f'width="{width:.8g}" height="{height:.6g}" fill="transparent"/><g transform="scale(1 -1)">{drawn}</g>'
-            "</svg></svg></figure>")
-
-
-def grid(names: list[str], charts: list[str]) -> str:
-    """Charts side by side, as many as fit, below one legend that says which settings are in none of them."""
-    drawn = "".join(charts)
-    legend = "".join(f"<span>{setting_label(i, name)}{'' if data_name(name) in drawn else f' ({MISSING})'}</span>"
-                     for i, name in enumerate(names))
-    return f'<div class="legend">{legend}</div><div class="grid">{drawn}</div>'
-
-
-def over_steps(runs: list[Run], kind: str, value: Callable[[dict], float | None]) -> list[Line]:
-    """A line per run of what `value` finds in its records; those of training are smoothed and thinned."""
-    lines = []
-    for r in runs:
-        points = [(record["step"], v) for record in r.lines(kind) if (v := value(record)) is not None]
-        steps, values = [step for step, _ in points], [v for _, v in points]
-        if kind == "train":
-            every = -(-len(points) // POINTS) or 1
-            steps, values = steps[::every], smooth(values)[::every].tolist()
-        lines.append((r.setting, steps, values))
-    return lines
-
-
-def share_lines(runs: list[Run], label: str, group: str) -> list[Line]:
-    """Share of the weight over share of the samples of a domain or kind."""
-    weight, samples = (over_steps(runs, "train", lambda record, key=key: record[f"{key}_by_{label}"].get(group, 0.0)
-                                  if f"samples_by_{label}" in record else None) for key in ("weight", "samples"))
-    return [(i, steps, [a / b if b else math.nan for a, b in zip(w, s, strict=True)])
-            for (i, steps, w), (_, _, s) in zip(weight, samples, strict=True)]
-
-
-def histogram_lines(runs: list[Run], of: str) -> list[Line]:
-    """Percent of the samples in 50 bins common to the runs, at the last evaluation; no line where all are alike."""
-    last = [(r.setting, r.lines("histogram")[-1][of]) for r in runs if r.lines("histogram")]
-    last = [(i, h) for i, h in last if sum(count > 0 for count in h["counts"]) > 1]
-    if not last:
-        return []
-    edges = np.linspace(min(h["low"] for _, h in last), max(h["high"] for _, h in last), 51)
-    lines = []
-    for i, h in last:
-        below = 100 * np.cumsum([0, *h["counts"]]) / sum(h["counts"])
-        percent = np.diff(np.interp(edges, np.linspace(h["low"], h["high"], len(below)), below))
-        lines.append((i, ((edges[1:] + edges[:-1]) / 2).tolist(), percent.tolist()))
-    return lines
-
-
-def facts(runs: list[Run]) -> list[tuple[str, str]]:
-    """(label, text) of what the runs were made of and on; where they differ, each value once."""
-    def each(*keys: str) -> str:
-        return ", ".join(distinct(r.config.get(k) for r in runs) for k in keys)
-
-    sizes = [[r.config.get(k, 0) for k in ("max_steps", "global_batch_size", "block_size")] for r in runs]
-    windows = [(r.result["val_hash"], sum(d["tokens"] for d in r.result["domains"].values()))
-               for r in runs if r.result]
-    speeds = [line["tokens_per_s"] for r in runs for line in r.lines("train") if "tokens_per_s" in line]
-    written = sorted(path.stat().st_mtime for r in runs if (path := Path(r.folder, "metrics.jsonl")).is_file())
-    dates = distinct(f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%d}" for t in written)
-    versions = distinct(f"{name} {v}" for r in runs for name, v in (r.config.get("versions") or {}).items())
-    commits = distinct((r.config.get("git_commit") or "")[:10] for r in runs)
-    return [("Model", each("model")), ("Data", f"{each('data_dir')}; mixture {each('mixture')}"),
-            ("Training", distinct(f"{s * b * t:,} tokens ({s:,} steps of {b} sequences of {t} tokens)" if s * b * t
-                                  else None for s, b, t in sizes)), ("Seeds", each("seed")),
-            ("Validation", distinct(f"{n:,} tokens in fixed windows, unweighted ({h})" for h, n in windows)),
-            ("Machine", f"{each('device', 'dtype')}; ranks: {each('world_size')}"
-                        + (f"; {median(speeds):,.0f} tokens/s (median)" if speeds else "")),
-            ("Versions", f"{versions}; commit {commits}"), ("Last written", f"{dates} (UTC)")]
-
-
-def notes(runs: list[Run], groups: Groups) -> list[str]:
-    """What a reader must know before believing the tables, in sentences."""
-    found = []
-    for r in runs:
-        steps, trained, skips = r.config["max_steps"], r.lines("train"), r.lines("skip")
-        if not r.result:
-            found.append(f"{r.label} is not evaluated: python eval/perplexity.py --run {r.folder}")
-        for what, record in (("evaluated", r.result), ("few-shot scores taken", r.fewshot)):
-            if record and record["step"] != steps:
-                found.append(f"{r.label}: {what} at step {record['step']:,} of {steps:,}.")
-        if trained and trained[-1]["step"] < steps:
-            found.append(f"{r.label} is not finished: step {trained[-1]['step']:,} of {steps:,}.")
-        if skips:
-            found.append(f"{r.label}: skipped steps (loss or gradient not finite): {len(skips):,}, the last one step "
-                         f"{skips[-1]['step']:,}.")
-    if len({line["val_hash"] for r in runs for line in r.lines("eval")}) > 1:
-        found.append("The validation curves are of different windows (data, --block_size or --eval_windows differ): "
-                     "their heights cannot be compared.")
-    if len(groups) > 1 and any(len(members) == 1 for _, members in groups):
-        found.append("Some settings have a single seed, so how far seeds differ is unknown: a small difference is no "
-                     "evidence.")
-    return found
-
-
-def results(runs: list[Run], names: list[str], tables: list[Table]) -> str:
-    """The per-domain tables, one metric shown at a time, below each size's setting with the lowest average loss."""
-    losses = {name: [r.result["mean_loss"] for r in runs if names[r.setting] == name and r.result] for name in names}
-    if not any(losses.values()):
-        return f'<p class="muted">{MISSING}: no run is evaluated yet</p>'
-    lead = ""
-    for size in dict.fromkeys(r.config["model"] for r in runs):
-        here = [name for name in dict.fromkeys(names[r.setting] for r in runs if r.config["model"] == size)
-                if losses[name]]
-        if here:
-            best = min(here, key=lambda name: fmean(losses[name]))
-            what = f"Lowest average loss, {size}: {best}" if len(here) > 1 else f"Average loss, {best}"
-            lead += f'<p class="lead">{escape(f"{what}, {cell(losses[best], 4)} nats per token.")}</p>'
-    tabs = "".join(f'<input type="radio" name="metric" id="{metric}"{" checked" * (metric == "ppl")}>'
-                   f'<label class="tabs" for="{metric}">{title}</label>' for metric, title in METRICS.items())
-    for metric in METRICS:
-        shown = "".join(titled(t, names) for t in tables if t.what == metric)
-        tabs += f'<div class="tab {metric}">{shown}<p class="muted">The lowest of a row is in bold.</p></div>'
-    return f"{lead}<div>{tabs}</div>"
-
-
-def curves(runs: list[Run], names: list[str]) -> str:
-    """Validation loss, the mean first."""
-    held = in_order(d for r in runs for line in r.lines("eval") for d in line["domains"])
-    lines = {"mean of the domains": over_steps(runs, "eval", lambda line: line["mean_loss"])}
-    lines |= {d: over_steps(runs, "eval", lambda line, d=d: line["domains"].get(d, {}).get("loss")) for d in held}
-    return grid(names, [chart(title, names, of) for title, of in lines.items()])
-
-
-def training(runs: list[Run], names: list[str]) -> str:
-    """Loss, effective sample size and largest weight over the steps, histograms at the last evaluation."""
-    loss, ess, largest = (over_steps(runs, "train", lambda line, field=field: line.get(field))
-                          for field in ("loss", "ess", "max_weight"))
-    return grid(names, [chart("training loss, unweighted (nats)", names, loss),
-                        chart("effective sample size (share of the batch)", names, ess, 0, 1.05),
-                        chart("largest weight (1: the mean)", names, largest, 0),
-                        chart("% of samples by loss, last evaluation", names, histogram_lines(runs, "loss"), 0,
-                              x="loss"),
-                        chart("% of samples by weight, last evaluation", names, histogram_lines(runs, "weight"), 0,
-                              x="weight")])
-
-
-def shares(runs: list[Run], names: list[str]) -> str:
-    """A chart per domain, and per kind of document where the runs know it; each set with one y axis."""
-    parts = ""
+def chart_sections(columns: list[Column]) -> dict[str, str]:
+    """Heading -> charts."""
+    charts = Charts([column.name for column in columns])
+    losses = charts.grid(plots.loss_charts(columns))
+    training = charts.grid(plots.training_charts(columns))
+    shares = ""
     for label in ("domain", "kind"):
-        there = {group for r in runs for line in r.lines("train") for group in line.get(f"samples_by_{label}", {})}
-        lines = {group: share_lines(runs, label, group) for group in in_order(there)}
-        values = [v for drawn in lines.values() for _, _, ys in drawn for v in ys if math.isfinite(v)]
-        if values:
-            ends = min(values) - 0.05, max(values) + 0.05
-            parts += grid(names, [chart(group, names, drawn, *ends) for group, drawn in lines.items()])
-    return parts or f'<p class="muted">{MISSING}: the runs did not log the shares of the samples</p>'
+        of_label = plots.share_charts(columns, label)
+        if of_label:
+            shares += charts.grid(of_label)
+    return {
+        "Validation loss": "<p>Nats per token against optimizer steps. Point at a chart to read "
+        f"its values.</p>{losses}",
+        "Training and weights": "<p>Running means over a twentieth of the run. Weights are times "
+        f"the batch size: uniform gives every sample 1.</p>{training}",
+        "Which data gets the weight": "<p>Share of the weight over share of the samples: above 1, "
+        "these samples count for more than as many others.</p>"
+        + (shares or missing(": the runs did not log the shares of the samples")),
+    }
 
 
-def runs_table(runs: list[Run]) -> list[list[str]]:
-    """A row per run: the settings in which any differ, how far it came, what came out."""
-    differ = [k for k in dict.fromkeys(k for r in runs for k in r.config)
-              if k not in ELSEWHERE and len({json.dumps(r.config.get(k)) for r in runs}) > 1]
-    lines = [["run", *differ, "seed", "steps", "skipped", "average loss", "tokens/s"]]
-    for r in runs:
-        trained = r.lines("train")
-        speeds = [line["tokens_per_s"] for line in trained if "tokens_per_s" in line]
-        lines.append([r.label, *(distinct([r.config.get(k)]) for k in [*differ, "seed"]),
-                      f"{trained[-1]['step']:,}" if trained else MISSING,
-                      f"{len(r.lines('skip')):,}" if r.metrics else MISSING,
-                      f"{r.result['mean_loss']:.4f}" if r.result else MISSING,
-                      f"{median(speeds):,.0f}" if speeds else MISSING])
-    return lines
+# What is known of the runs
 
 
-def reproduce(runs: list[Run]) -> str:
-    """The commands run by run, below the commit that they need."""
-    commands, there = [], None
-    for r in runs:
-        commit, ranks = r.config.get("git_commit"), r.config.get("world_size") or 1
-        if commit and commit != there:
-            commands.append(f"git checkout {commit}")
-            there = commit
+def distinct(values: Iterable) -> str:
+    """The values as text, each once; None and "" are left out."""
+    texts = []
+    for value in values:
+        if value not in (None, ""):
+            texts.append(f"{value:,}" if type(value) is int else str(value))
+    return ", ".join(dict.fromkeys(texts)) or MISSING
+
+
+def speeds(run: RunFolder) -> list[float]:
+    """Tokens per second."""
+    records = run.records("train")
+    return [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
+
+
+def length(config: dict) -> str | None:
+    """How long a run is; None if its config does not say."""
+    keys = ("max_steps", "global_batch_size", "block_size")
+    steps, batch_size, block_size = (config.get(key, 0) for key in keys)
+    tokens = steps * batch_size * block_size
+    if not tokens:
+        return None
+    return f"{tokens:,} tokens ({steps:,} steps of {batch_size} sequences of {block_size} tokens)"
+
+
+def facts(runs: list[RunFolder]) -> dict[str, str]:
+    """What the runs were made of and on; where they differ, each value once."""
+
+    def each(key: str) -> str:
+        return distinct(run.config.get(key) for run in runs)
+
+    windows, dates, versions, all_speeds = [], [], [], []
+    for run in runs:
+        windows.append(validation(run))
+        dates.append(date_written(run))
+        all_speeds += speeds(run)
+        for name, version in (run.config.get("versions") or {}).items():
+            versions.append(f"{name} {version}")
+    commits = distinct((run.config.get("git_commit") or "")[:10] for run in runs)
+    machine = f"{each('device')}, {each('dtype')}; ranks: {each('world_size')}"
+    if all_speeds:
+        machine += f"; {median(all_speeds):,.0f} tokens/s (median)"
+    return {
+        "Model": each("model"),
+        "Data": f"{each('data_dir')}; mixture {each('mixture')}",
+        "Training": distinct(length(run.config) for run in runs),
+        "Seeds": each("seed"),
+        "Validation": distinct(windows),
+        "Machine": machine,
+        "Versions": f"{distinct(versions)}; commit {commits}",
+        "Last written": f"{distinct(sorted(dates))} (UTC)",
+    }
+
+
+def validation(run: RunFolder) -> str:
+    """What the run was evaluated on; "" if it was not."""
+    result = perplexity.read(run)
+    if not result:
+        return ""
+    tokens = sum(domain["tokens"] for domain in result["domains"].values())
+    return f"{tokens:,} tokens in fixed windows, unweighted ({result['val_hash']})"
+
+
+def date_written(run: RunFolder) -> str:
+    """The day of the last record in UTC; "" if there is none."""
+    path = Path(run.path, "metrics.jsonl")
+    if not path.is_file():
+        return ""
+    written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    return f"{written:%Y-%m-%d}"
+
+
+def notes(labels: Labels, columns: list[Column]) -> list[str]:
+    """What a reader must know before believing the tables, in sentences."""
+    sentences = []
+    for run, label in labels.items():
+        sentences += notes_on_run(run, label)
+    hashes = {record["val_hash"] for run in labels for record in run.records("eval")}
+    if len(hashes) > 1:
+        sentences.append(
+            "The validation curves are of different windows (data, --block_size or --eval_windows "
+            "differ): their heights cannot be compared."
+        )
+    if len(columns) > 1 and any(len(column.runs) == 1 for column in columns):
+        sentences.append(
+            "Some settings have a single seed, so how far seeds differ is unknown: a small "
+            "difference is no evidence."
+        )
+    return sentences
+
+
+def notes_on_run(run: RunFolder, label: str) -> list[str]:
+    steps = run.config["max_steps"]
+    sentences = []
+    if not perplexity.read(run):
+        sentences.append(f"{label} is not evaluated: python eval/perplexity.py --run {run.path}")
+    for what, evaluation in (("evaluated", perplexity), ("few-shot scores taken", fewshot)):
+        result = evaluation.read(run)
+        if result and result["step"] != steps:
+            sentences.append(f"{label}: {what} at step {result['step']:,} of {steps:,}.")
+    trained, skipped = run.records("train"), run.records("skip")
+    if trained and trained[-1]["step"] < steps:
+        sentences.append(f"{label} is not finished: step {trained[-1]['step']:,} of {steps:,}.")
+    if skipped:
+        sentences.append(
+            f"{label}: skipped steps (loss or gradient not finite): {len(skipped):,}, the last one "
+            f"step {skipped[-1]['step']:,}."
+        )
+    return sentences
+
+
+def runs_table(labels: Labels) -> Table:
+    """A row per run: the settings in which any differ, how far it got, and its results."""
+    differing = []
+    for key in dict.fromkeys(key for run in labels for key in run.config):
+        values = {json.dumps(run.config.get(key)) for run in labels}
+        if key not in SHOWN_ELSEWHERE and len(values) > 1:
+            differing.append(key)
+    rows = []
+    for run, label in labels.items():
+        trained = run.records("train")
+        result = perplexity.read(run)
+        texts = [distinct([run.config.get(key)]) for key in (*differing, "seed")]
+        texts += [
+            f"{trained[-1]['step']:,}" if trained else None,
+            f"{len(run.records('skip')):,}" if run.metrics else None,
+            f"{result['mean_loss']:.4f}" if result else None,
+            f"{median(speeds(run)):,.0f}" if speeds(run) else None,
+        ]
+        rows.append(Row(label, [[text] for text in texts], best=None))
+    return Table(
+        what="runs",
+        title="Runs",
+        model="",
+        head="run",
+        columns=[*differing, "seed", "steps", "skipped", "average loss", "tokens/s"],
+        rows=rows,
+    )
+
+
+def commands(runs: list[RunFolder]) -> str:
+    """The commands that make the runs again, below the commit that they need."""
+    lines, checked_out = [], None
+    for run in runs:
+        commit, ranks = run.config.get("git_commit"), run.config.get("world_size") or 1
+        if commit and commit != checked_out:
+            lines.append(f"git checkout {commit}")
+            checked_out = commit
         launcher = f"torchrun --nproc_per_node {ranks} --" if ranks > 1 else "python"
-        commands += [f"{launcher} {r.config.get('command', MISSING)}", f"python eval/perplexity.py --run {r.folder}"]
-    return f"<pre>{escape(chr(10).join(commands))}</pre>"
+        lines.append(f"{launcher} {run.config.get('command', MISSING)}")
+        lines.append(f"python eval/perplexity.py --run {run.path}")
+    text = "\n".join(lines)
+    return f"<pre>{escape(text)}</pre>"
 
 
-def page(runs: list[Run], groups: Groups, tables: list[Table]) -> str:
-    names = [name for name, _ in groups]
-    against, scores, speed = ("".join(titled(t, names) for t in tables if t.what == what)
-                              for what in ("difference", "fewshot", "speedup"))
-    configs = "".join(f"<details><summary>config of {escape(r.label)}</summary>"
-                      f"<pre>{escape(json.dumps(r.config, indent=1))}</pre></details>" for r in runs)
-    parts = {
-        "Results": results(runs, names, tables),
-        "Against uniform": against + speed,
-        "Few-shot": scores,
-        "Validation loss": "<p>Nats per token against optimizer steps. Point at a chart to read its values.</p>"
-                           + curves(runs, names),
-        "Training and weights": "<p>Running means over a twentieth of the run. Weights are times the batch size: "
-                                "uniform gives every sample 1.</p>" + training(runs, names),
-        "Which data gets the weight": "<p>Share of the weight over share of the samples: above 1, these samples count "
-                                      "for more than as many others.</p>" + shares(runs, names),
-        "Runs": table(runs_table(runs)) + configs,
-        "How to make these runs again": reproduce(runs)}
-    parts = {name: part for name, part in parts.items() if part}
-    form = Path(__file__).with_name("report_template.html").read_text()
-    script = re.search("<script>(.*)</script>", form, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
-    light, dark = ("; ".join(f"--c{i}: {c}" for i, c in enumerate(palette)) for palette in (COLOURS, DARK_COLOURS))
-    said = "".join(f"<li>{escape(note)}</li>" for note in notes(runs, groups))
-    return Template(form).substitute(
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'", light=light, dark=dark,
-        title=escape(", ".join(dict.fromkeys(r.config["reweight"] for r in runs))),
-        count=f"{len(runs)} {'runs' if len(runs) > 1 else 'run'} in {len(names)} setting{'s' * (len(names) > 1)}",
-        links="".join(f'<a href="#part{i}">{name}</a>' for i, name in enumerate(parts)),
-        facts="".join(f"<dt>{label}</dt><dd>{escape(text)}</dd>" for label, text in facts(runs)),
-        notes=f'<ul class="notes">{said}</ul>' if said else "",
-        body="".join(f'<section><h2 id="part{i}">{name}</h2>{part}</section>'
-                     for i, (name, part) in enumerate(parts.items())))
+# The page
+
+
+def page(runs: list[RunFolder]) -> str:
+    columns = columns_of(perplexity.settings(runs))
+    labels = labels_of(runs)
+    sections = {
+        **evaluation_sections(runs, columns),
+        **chart_sections(columns),
+        "Runs": table_html(runs_table(labels), names=[]) + configs(labels),
+        "How to make these runs again": commands(runs),
+    }
+    links, body = "", ""
+    for i, (title, html) in enumerate(sections.items()):
+        if html:
+            links += f'<a href="#part{i}">{title}</a>'
+            body += f'<section><h2 id="part{i}">{title}</h2>{html}</section>'
+    list_of_facts = "".join(f"<dt>{dt}</dt><dd>{escape(dd)}</dd>" for dt, dd in facts(runs).items())
+    list_of_notes = "".join(f"<li>{escape(note)}</li>" for note in notes(labels, columns))
+    if list_of_notes:
+        list_of_notes = f'<ul class="notes">{list_of_notes}</ul>'
+    strategies = dict.fromkeys(run.config["reweight"] for run in runs)
+
+    template = Path(__file__).with_name("report_template.html").read_text()
+    script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(template).substitute(
+        # No other script may run, and nothing may be loaded.
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        light="; ".join(f"--c{i}: {colour}" for i, colour in enumerate(COLOURS)),
+        dark="; ".join(f"--c{i}: {colour}" for i, colour in enumerate(DARK_COLOURS)),
+        title=escape(", ".join(strategies)),
+        count=f"{count(len(runs), 'run')} in {count(len(columns), 'setting')}",
+        links=links,
+        facts=list_of_facts,
+        notes=list_of_notes,
+        body=body,
+    )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def configs(labels: Labels) -> str:
+    """The config of each run, folded."""
+    html = ""
+    for run, label in labels.items():
+        config = escape(json.dumps(run.config, indent=1))
+        summary = f"<summary>config of {escape(label)}</summary>"
+        html += f"<details>{summary}<pre>{config}</pre></details>"
+    return html
+
+
+def labels_of(runs: list[RunFolder]) -> Labels:
+    """The name of each run's folder, or its path as given where two have the same name."""
+    names = [Path(run.path).name for run in runs]
+    labels = {}
+    for run, name in zip(runs, names, strict=True):
+        labels[run] = name if names.count(name) == 1 else run.path
+    return labels
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", required=True, type=Path, help="the page, an HTML file; an older one is replaced")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the page, an HTML file; an older one is replaced"
+    )
     args = parser.parse_args()
     if args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a folder; give a file, such as {args.out / 'report.html'}")
-    configs, results = read_runs(args.runs)
-    groups, scores = columns(configs), read_fewshot(args.runs)
-    short = [Path(folder).name for folder in args.runs]
-    runs = []
-    for i, (folder, name) in enumerate(zip(args.runs, short, strict=True)):
-        setting = next(column for column, (_, members) in enumerate(groups) if i in members)
-        runs.append(Run(folder, name if short.count(name) == 1 else folder, setting, configs[i], results[i], scores[i],
-                        read_lines(Path(folder, "metrics.jsonl"))))
+        example = args.out / "report.html"
+        raise UserError(f"--out {args.out}: is a folder; give a file, such as {example}")
     try:
-        write_text(args.out, page(runs, groups, sections(args.runs, configs, results)))
+        write_text(args.out, page(read_runs(args.runs)))
     except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}; give a file in a folder that exists") from None
+        raise UserError(
+            f"--out {args.out}: {error.strerror}; give a file in a folder that exists"
+        ) from None
     print(args.out)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

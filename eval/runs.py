@@ -1,143 +1,319 @@
-"""Run folders side by side: what they found, which of them share a column, which uniform run each is compared with.
+"""Run folders side by side: what they hold, which of them share a column, and tables of them.
 
-A run is named by its index in the list of folders given.
+An evaluation is a module of this folder with these four names, and an entry in EVALUATIONS of
+eval/tables.py; the command line and the report follow from them:
+
+    HEADING        title of the section of the report that shows its tables
+    TABLES         dict: name of a kind of table, as in --what -> what runs need to have one
+    read(run)      what the evaluation found for a RunFolder (RUN/eval/NAME.json, checked), or None
+    tables(runs)   list of Table, of all its kinds; [] where no run has what they need
 """
 
 import json
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import read_json
-from errors import UserError
-from eval.perplexity import windows_path
+from cli import UserError
 from model import SIZES
+from recipe import EXECUTION_KEYS
+from runtime.checkpoint import read_json
+from runtime.metrics import read_lines
 
-# Keys of config.json that say where and how a run was made, not what it measures.
-NOT_IN_NAMES = {"reweight", "out_dir", "git_commit", "command", "versions", "identity", "resume", "dry_run", "wandb",
-                "log_interval", "eval_interval", "eval_windows", "checkpoint_interval", "keep_checkpoints", "device",
-                "record_samples", "compile", "parallel", "micro_batch_size", "world_size", "keep_every", "on_nonfinite",
-                "allow_data_change", "timeout_s", "loss_chunk", "recompute"}
-NOT_OF_UNIFORM = {"r", "r_start", "r_steps", "r_schedule", "delta", "reweight_norm", "max_weight", "reweight_scope",
-                  "reweight_warmup_steps"}  # without effect there
+# Keys of config.json that do not tell one setting from another. The strategy is in every name.
+NOT_IN_NAMES = EXECUTION_KEYS | {
+    "reweight",
+    "git_commit",
+    "command",
+    "versions",
+    "identity",
+    "world_size",
+}
+# Keys that have no effect on a uniform run.
+NOT_OF_UNIFORM = {
+    "r",
+    "r_start",
+    "r_steps",
+    "r_schedule",
+    "delta",
+    "reweight_norm",
+    "max_weight",
+    "reweight_scope",
+    "reweight_warmup_steps",
+}
+MISSING = "missing"
 
-Groups = list[tuple[str, list[int]]]  # (name, runs) of each column
+
+# Run folders
 
 
-def read_result(folder: str | Path, name: str, keys: tuple[str, ...], part: str, its_keys: tuple[str, ...]
-                ) -> dict | None:
-    """RUN/eval/NAME.json, or None; UserError where it lacks one of `keys`, or an entry of `part` one of its_keys."""
-    path = Path(folder) / "eval" / f"{name}.json"
+@dataclass(frozen=True, eq=False)  # each object is a run of its own: a folder may be given twice
+class RunFolder:
+    """What train.py wrote to a run folder."""
+
+    path: str
+    config: dict  # config.json
+    metrics: list[dict]  # the records of metrics.jsonl
+
+    def records(self, kind: str) -> list[dict]:
+        """The records of one kind: "train", "eval", "histogram", "skip" or "spike"."""
+        return [record for record in self.metrics if record["kind"] == kind]
+
+    @property
+    def is_uniform(self) -> bool:
+        return self.config["reweight"] == "uniform"
+
+
+class Column(NamedTuple):
+    """A column of a table: runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[RunFolder]
+
+
+# The settings that tell runs apart: the config of each run, to which an evaluation may add.
+Settings = dict[RunFolder, dict]
+
+
+def read_runs(folders: list[str]) -> list[RunFolder]:
+    """The run folders in the order given; UserError where one is not a run's or lacks a key."""
+    runs = []
+    for folder in map(Path, folders):
+        path = folder / "config.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no config.json in it; give run folders of train.py")
+        config = read_json(path)
+        for key in ("model", "reweight", "max_steps"):
+            if key not in config:
+                raise UserError(f"{path} has no {key!r}; restore it or train the run again")
+        runs.append(RunFolder(str(folder), config, read_lines(folder / "metrics.jsonl")))
+    return runs
+
+
+def read_result(
+    run: RunFolder,
+    name: str,
+    keys: tuple[str, ...],
+    part: str,
+    part_keys: tuple[str, ...],
+) -> dict | None:
+    """RUN/eval/NAME.json; None where there is no such file.
+
+    UserError unless it has all of `keys`, and a dict `part` whose entries have all of `part_keys`.
+    """
+    path = Path(run.path) / "eval" / f"{name}.json"
     if not path.is_file():
         return None
     result = read_json(path)
     entries = result.get(part)
-    if not all(key in result for key in keys) or not isinstance(entries, dict) or not entries or not all(
-            isinstance(entry, dict) and key in entry for entry in entries.values() for key in its_keys):
-        raise UserError(f"{path} is not what eval/{name}.py writes; run: python eval/{name}.py --run {folder}")
+    is_complete = isinstance(entries, dict) and len(entries) > 0 and has_keys(result, keys)
+    if not is_complete or not all(has_keys(entry, part_keys) for entry in entries.values()):
+        raise UserError(
+            f"{path} is not what eval/{name}.py writes; run: python eval/{name}.py --run {run.path}"
+        )
     return result
 
 
-def read_runs(folders: list[str]) -> tuple[list[dict], list[dict | None]]:
-    """(config, perplexity result or None) of each run; UserError where they cannot stand in one table."""
-    configs, results, seen = [], [], {}
-    for folder in map(Path, folders):
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json there; give run folders of train.py")
-        configs.append(read_json(folder / "config.json"))
-        if lacking := [key for key in ("model", "reweight", "max_steps") if key not in configs[-1]]:
-            raise UserError(f"{folder}/config.json has no {lacking[0]!r}; restore it or train the run again")
-        results.append(read_result(folder, "perplexity", ("step", "mean_loss", "val_hash"), "domains",
-                                   ("loss", "ppl", "bits_per_byte")))
-        if results[-1] is None:
-            print(f"{folder}: not evaluated yet; run: python eval/perplexity.py --run {folder}", file=sys.stderr)
-        elif results[-1]["step"] != configs[-1]["max_steps"]:  # a setting like any other: it tells columns apart
-            configs[-1]["evaluated_at_step"] = results[-1]["step"]
-            print(f"{folder}: evaluated at step {results[-1]['step']} of {configs[-1]['max_steps']}; to evaluate the "
-                  f"newest checkpoint: python eval/perplexity.py --run {folder}", file=sys.stderr)
-    for folder, result in zip(folders, results, strict=True):
-        if result is not None:
-            seen.setdefault(result["val_hash"], folder)
-    if len(seen) > 1:
-        a, b = list(seen.values())[:2]
-        raise UserError(f"{a} and {b} were evaluated on different validation windows and cannot be compared; "
-                        "evaluate both with the same --data_dir, --block_size and --stride")
-    return configs, results
+def has_keys(entry: object, keys: tuple[str, ...]) -> bool:
+    return isinstance(entry, dict) and all(key in entry for key in keys)
 
 
-def read_fewshot(folders: list[str]) -> list[dict | None]:
-    """RUN/eval/fewshot.json of each run, or None; UserError where their scores cannot be compared."""
-    results, first = [], {}  # first: task -> (the first run that has it, what must agree)
-    for folder in folders:
-        results.append(read_result(folder, "fewshot", ("step", "num_fewshot"), "tasks",
-                                   ("metric", "score", "stderr", "requests", "truncated")))
-        for task, found in (results[-1] or {"tasks": {}})["tasks"].items():
-            here = f"{found['metric']}, {results[-1]['num_fewshot']} examples, {found['requests']} requests"
-            other, there = first.setdefault(task, (folder, here))
-            if here != there:
-                raise UserError(f"{task} was scored differently in {other} ({there}) and {folder} ({here}); such "
-                                "scores cannot be compared: evaluate both alike, or leave them out with --what")
-    return results
+def settings_at(settings: Settings, results: dict[RunFolder, dict], key: str) -> Settings:
+    """The settings, and as `key` the step of each result that is not of its run's last step.
+
+    Such a result belongs in a column of its own, like that of any other setting.
+    """
+    extended = {}
+    for run, config in settings.items():
+        extended[run] = config
+        if run in results and results[run]["step"] != run.config["max_steps"]:
+            extended[run] = {**config, key: results[run]["step"]}
+    return extended
 
 
-def read_windows(folder: str, result: dict) -> dict[str, np.ndarray] | None:
-    """The loss of each window, (M,) float64 per domain, that belongs to a run's perplexity result, or None."""
-    path = windows_path(Path(folder) / "eval" / "perplexity.json")
-    again = f"run: python eval/perplexity.py --run {folder}"
-    if not path.is_file():
-        print(f"{folder}: no {path.name}, so no paired test; {again}", file=sys.stderr)
-        return None
-    try:
-        with np.load(path) as saved:
-            windows = {domain: saved[domain].astype(np.float64) for domain in result["domains"]}
-    except Exception as error:  # a damaged archive makes the reader raise anything
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); {again}") from None
-    if not all(np.isclose(values.mean(), result["domains"][d]["loss"], rtol=1e-5, equal_nan=True)
-               for d, values in windows.items()):
-        raise UserError(f"{path} is not of the same evaluation as perplexity.json; {again}")
-    return windows
+# Columns
 
 
 def run_names(configs: list[dict]) -> list[str]:
-    """The strategy of each run, with the settings in which any of the runs differ; always unique."""
-    keys = [key for key in dict.fromkeys(key for c in configs for key in c) if key not in NOT_IN_NAMES]
+    """A unique name for each run: its strategy, and the settings in which any runs differ."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_IN_NAMES)
     names = []
-    for config in configs:  # uniform's r may be any: it makes no run differ from a uniform one
-        held = {key: [c.get(key) for c in configs if c["reweight"] != "uniform" or key not in NOT_OF_UNIFORM]
-                for key in keys if config["reweight"] != "uniform" or key not in NOT_OF_UNIFORM}
-        differ = [key for key, values in held.items() if any(value != config.get(key) for value in values)]
-        names.append(" ".join([config["reweight"], *(f"{key}={config.get(key)}" for key in differ)]))
-    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    for config in configs:
+        parts = [config["reweight"]]
+        for key in keys:
+            if has_no_effect(key, config):
+                continue
+            values = [other.get(key) for other in configs if not has_no_effect(key, other)]
+            if any(value != config.get(key) for value in values):
+                parts.append(f"{key}={config.get(key)}")
+        names.append(" ".join(parts))
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 
-def columns(configs: list[dict]) -> Groups:
-    """(name, runs) of each column: runs that differ in nothing but the seed share one."""
-    grouped: dict[str, list[int]] = {}
-    for i, config in enumerate(configs):
-        left_out = NOT_IN_NAMES | {"seed"} | (NOT_OF_UNIFORM if config["reweight"] == "uniform" else set())
-        key = {k: v for k, v in config.items() if k == "reweight" or k not in left_out}
-        grouped.setdefault(json.dumps(key, sort_keys=True), []).append(i)
-    for runs in grouped.values():  # the same seed twice: both were meant to be seen
-        if len({configs[i].get("seed") for i in runs}) < len(runs):
-            return [(name, [i]) for i, name in enumerate(run_names(configs))]
-    names = run_names([{k: v for k, v in configs[runs[0]].items() if k != "seed"} for runs in grouped.values()])
-    return list(zip(names, grouped.values(), strict=True))
+def has_no_effect(key: str, config: dict) -> bool:
+    return config["reweight"] == "uniform" and key in NOT_OF_UNIFORM
 
 
-def by_model(configs: list[dict]) -> dict[str, Groups]:
-    """The columns of each size, sizes in the order of SIZES."""
-    sizes = sorted({c["model"] for c in configs}, key=lambda m: (list(SIZES).index(m) if m in SIZES else 99, m))
-    groups = {}
-    for size in sizes:
-        mine = [i for i, c in enumerate(configs) if c["model"] == size]
-        groups[size] = [(name, [mine[i] for i in runs]) for name, runs in columns([configs[i] for i in mine])]
-    return groups
+def columns_of(settings: Settings) -> list[Column]:
+    """The runs grouped into columns.
+
+    Where a setting was run twice with the same seed, every run has a column of its own: whoever
+    gives both wants to see both.
+    """
+    groups: dict[str, list[RunFolder]] = {}
+    for run, config in settings.items():
+        groups.setdefault(setting_of(config), []).append(run)
+    for members in groups.values():
+        seeds = {settings[run].get("seed") for run in members}
+        if len(seeds) < len(members):
+            names = run_names(list(settings.values()))
+            return [Column(name, [run]) for name, run in zip(names, settings, strict=True)]
+
+    configs = []  # one of each column
+    for members in groups.values():
+        config = settings[members[0]]
+        configs.append({key: value for key, value in config.items() if key != "seed"})
+    names = run_names(configs)
+    return [Column(name, members) for name, members in zip(names, groups.values(), strict=True)]
 
 
-def baselines(configs: list[dict]) -> list[int | None]:
-    """Of each run the uniform run that is like it in all else, the seed included."""
-    def common(config: dict) -> dict:
-        return {k: v for k, v in config.items() if k not in NOT_IN_NAMES | NOT_OF_UNIFORM}
-    uniform = [i for i, c in enumerate(configs) if c["reweight"] == "uniform"]
-    return [next((i for i in uniform if common(configs[i]) == common(c)), None) for c in configs]
+def setting_of(config: dict) -> str:
+    """The same text for two configs that differ in nothing but the seed."""
+    telling = {"reweight": config["reweight"]}
+    for key, value in config.items():
+        if key not in NOT_IN_NAMES and key != "seed" and not has_no_effect(key, config):
+            telling[key] = value
+    return json.dumps(telling, sort_keys=True)
+
+
+def by_model(settings: Settings) -> dict[str, list[Column]]:
+    """The columns of each model size, sizes in the order of SIZES, then any others by name."""
+    models = {config["model"] for config in settings.values()}
+    known = [model for model in SIZES if model in models]
+    by_size = {}
+    for model in [*known, *sorted(models - set(known))]:
+        of_model = {run: config for run, config in settings.items() if config["model"] == model}
+        by_size[model] = columns_of(of_model)
+    return by_size
+
+
+def baselines(settings: Settings) -> dict[RunFolder, RunFolder]:
+    """For each run of another strategy, the uniform run that is like it in all else, seed included.
+
+    Runs that have no such uniform run are left out.
+    """
+    pairs = {}
+    for run, config in settings.items():
+        if run.is_uniform:
+            continue
+        for other, other_config in settings.items():
+            if other.is_uniform and common_part(other_config) == common_part(config):
+                pairs[run] = other
+                break
+    return pairs
+
+
+def common_part(config: dict) -> dict:
+    """What a run has in common with the uniform run that it is compared with."""
+    left_out = NOT_IN_NAMES | NOT_OF_UNIFORM
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
+def compared_columns(settings: Settings, compared: set[RunFolder]) -> dict[str, list[Column]]:
+    """by_model without uniform columns, and without sizes that have no run in `compared`."""
+    by_size = {}
+    for model, all_columns in by_model(settings).items():
+        others = [column for column in all_columns if not column.runs[0].is_uniform]
+        if any(compared.intersection(column.runs) for column in others):
+            by_size[model] = others
+    return by_size
+
+
+def per_column(columns: list[Column], values: dict[RunFolder, object]) -> list[list]:
+    """The values of each column's runs; None for a run that has none."""
+    lists = []
+    for column in columns:
+        lists.append([values.get(run) for run in column.runs])
+    return lists
+
+
+# Tables
+
+Value = float | str | None  # None: missing
+
+
+class Row(NamedTuple):
+    """A line of a table; per column a list with the value of each of its runs."""
+
+    label: str
+    values: list[list[Value]]
+    digits: int = 4
+    best: Callable | None = min  # the best mean is in bold: min, max, or None for no bold
+    sign: str = ""  # "+": positive numbers get a sign
+    errors: list[list[float | None]] | None = None  # standard errors; shown for a single run
+    is_summary: bool = False  # belongs below the line
+
+    def texts(self) -> list[tuple[str, bool]]:
+        """What each column shows, and whether it is in bold."""
+        errors = self.errors or [[]] * len(self.values)
+        texts = []
+        for values, column_errors in zip(self.values, errors, strict=True):
+            texts.append(cell(values, self.digits, self.sign, column_errors))
+
+        shown = [text.split(" ")[0] for text in texts]  # the mean, where there are numbers
+        means = [mean for mean, values in zip(shown, self.values, strict=True) if numbers(values)]
+        if self.best is None or len({float(mean) for mean in means}) < 2:
+            return [(text, False) for text in texts]
+        best = f"{self.best(map(float, means)):{self.sign}.{self.digits}f}"
+        return [(text, mean == best) for text, mean in zip(texts, shown, strict=True)]
+
+
+class Table(NamedTuple):
+    """A table of any evaluation; eval/tables.py and eval/report.py turn it into text."""
+
+    what: str  # its kind: a key of the evaluation's TABLES
+    title: str
+    model: str  # the size; "" where the table has several
+    head: str  # above the labels
+    columns: list[str]
+    rows: list[Row]
+    note: str = ""  # below the table
+
+
+def numbers(values: list[Value]) -> list[float]:
+    return [value for value in values if isinstance(value, int | float)]
+
+
+def std(values: list[float]) -> float:
+    with np.errstate(all="ignore"):  # a diverged run's perplexity may be inf
+        return float(np.std(values, ddof=1))
+
+
+def cell(
+    values: list[Value], digits: int, sign: str = "", errors: list[float | None] | None = None
+) -> str:
+    """A column's values as text: mean ± standard deviation, one value with its error, or names."""
+    found = numbers(values)
+    if not found:
+        names = dict.fromkeys(value for value in values if value is not None)
+        return ", ".join(names) or MISSING
+    text = f"{fmean(found):{sign}.{digits}f}"
+    if len(found) > 1:
+        text += f" ± {std(found):.{digits}f}"
+    elif len(values) == 1 and errors and errors[0] is not None:
+        text += f" ({errors[0]:.{digits}f})"
+    if len(found) < len(values):
+        text += f" ({len(found)} of {len(values)} runs)"
+    return text
+
+
+def with_spread(note: str, columns: list[Column]) -> str:
+    """The note, and what ± means if any column has several runs."""
+    if all(len(column.runs) == 1 for column in columns):
+        return note
+    counts = ", ".join(f"{column.name} {len(column.runs)}" for column in columns)
+    return f"{note} ± is the standard deviation over seeds ({counts}).".strip()

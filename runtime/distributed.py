@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -210,6 +210,15 @@ def gather(values: Tensor) -> Tensor:
     # Renamed in torch 2.13.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(gathered, values.contiguous())
+    return gathered
+
+
+def gather_objects(value: Any) -> list:
+    """A picklable value of each rank, in the order of their ranks, on every rank; waits for all."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
     return gathered
 
 

@@ -6,6 +6,8 @@ with Run(...) as run:
     ...                          # the steps
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,13 +51,17 @@ class Run:
     def __enter__(self) -> "Run":
         self.stop = Stop(self.config.timeout_s)
         self.watchdog = Watchdog(self.found.step, self.config.timeout_s)
-        own_step = torch.tensor([self.found.step], device=self.device)
-        steps = sorted(set(distributed.gather(own_step).tolist()))
-        if len(steps) > 1:
-            raise UserError(
-                f"the ranks found checkpoints of different steps ({steps}); --out_dir "
-                f"{self.out_dir} must be one folder that all nodes see"
-            )
+        check_same_on_all_ranks(
+            {
+                **self.identity,
+                "max_steps": self.config.max_steps,
+                "checkpoint step": self.found.step,
+                "checkpoint sha256": self.found.state.get("sha256", {}),
+                "torch": torch.__version__,
+                "code": code_hash(),
+            },
+            self.out_dir,
+        )
         return self
 
     def open_files(self, telemetry: Telemetry) -> None:
@@ -169,3 +175,30 @@ class Run:
             "versions": versions(),
         }
         self.writer.save(step, tensors, state)
+
+
+def check_same_on_all_ranks(own: dict, out_dir: Path) -> None:
+    """UserError on every rank if an entry differs between the ranks, with its values."""
+    of_all = distributed.gather_objects(own)
+    for key in own:
+        ranks_of = {}  # value -> the ranks that have it
+        for rank, values in enumerate(of_all):
+            ranks_of.setdefault(json.dumps(values.get(key)), []).append(str(rank))
+        if len(ranks_of) > 1:
+            listed = "; ".join(
+                f"{value:.80} on {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(ranks)}"
+                for value, ranks in ranks_of.items()
+            )
+            raise UserError(
+                f"the ranks do not run the same thing: {key} is {listed}; start all ranks with the "
+                f"same command, code and data, and an --out_dir ({out_dir}) that all nodes see"
+            )
+
+
+def code_hash() -> str:
+    """Fingerprint of the code that trains."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in [*sorted(root.glob("*.py")), *sorted(root.glob("runtime/*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

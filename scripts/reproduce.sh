@@ -29,6 +29,7 @@ if [ -n "${SMOKE:-}" ]; then
   FEWSHOT=(--include_path tests/tasks --num_fewshot 0)
 fi
 DATA=${DATA:-data/slimpajama}
+KNOWN_STRATEGIES=$(sed -n '/^STRATEGIES/,/^}/s/^ *"\(.*\)":.*/\1/p' reweight.py)
 [ -n "${TASKS:-}" ] && FEWSHOT+=(--tasks "$TASKS")
 
 # Run a command, or print it.
@@ -47,16 +48,25 @@ add() {
 }
 
 add_one() {
-  local size=$1 strategy=$2 seed=$3 config=config/gpt2_$1_$2.py; shift 3
-  [ -n "${SMOKE:-}" ] && config=config/gpt2_124m_$strategy.py
-  if [ ! -e "$config" ]; then
-    echo "error: no config for $size $strategy; there are: $(cd config && echo gpt2_*.py)" >&2
+  local size=$1 strategy=$2 seed=$3; shift 3
+  local preset=${SMOKE:+124m}  # a smoke run is the smallest preset, then config/tiny_cpu.py
+  preset=${preset:-$size}
+  if [ ! -e "config/gpt2_$preset.py" ]; then
+    echo "error: SIZES: no config for $size; there are: $(cd config && echo gpt2_*.py)" >&2
+    exit 2
+  fi
+  if ! grep -qxF "$strategy" <<< "$KNOWN_STRATEGIES"; then
+    echo "error: STRATEGIES: $strategy is not one of" $KNOWN_STRATEGIES >&2
     exit 2
   fi
   [[ $seed =~ ^[0-9]+$ ]] || { echo "error: SEEDS=$SEEDS: must be numbers, such as \"42 43\"" >&2; exit 2; }
+  local flags=("config/gpt2_$preset.py" ${SMOKE:+config/tiny_cpu.py} --reweight "$strategy")
+  # The one published run whose temperature is not 0.4. A script's own --r comes later and wins.
+  [ "$preset $strategy" != "124m quadratic" ] || flags+=(--r 1.0)
+  flags+=(--seed "$seed" "$@" "${SMOKE_FLAGS[@]}")
   MADE+=("$RUNS/$size${LABEL:-}_${strategy}_seed$seed")
   SIZE_OF+=("$size") SEED_OF+=("$seed")
-  FLAGS_OF+=("$(printf '%q ' "$config" ${SMOKE:+config/tiny_cpu.py} --seed "$seed" "$@" "${SMOKE_FLAGS[@]}")")
+  FLAGS_OF+=("$(printf '%q ' "${flags[@]}")")
 }
 
 # Train, evaluate and score run number $1.

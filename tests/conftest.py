@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +22,36 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HF_DATASETS_OFFLINE="
 
 
 def command(*args, ranks: int = 1, process: bool = False) -> subprocess.CompletedProcess:
-    """`python ARGS` from the root, as a user runs it; under torchrun with several ranks.
+    """`python ARGS` from the root, as a user runs it; several ranks as torchrun would start them.
 
-    One rank runs in this process unless `process` asks for its own: importing torch anew takes two seconds.
+    One rank runs in this process unless `process` asks for its own, and several are forked from a
+    server that has imported torch (tests/ranks.py): importing it anew takes three seconds.
     """
     args = list(map(str, args))
-    if ranks == 1 and not process:
+    if ranks > 1:
+        return run_ranks(args, ranks)
+    if not process:
         return run_here(args)
-    launcher = [sys.executable]
-    if ranks > 1:  # the -- keeps torchrun from taking our flags for abbreviations of its own
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={ranks}",
-            f"--master_port={free_port()}",
-            "--",
-        ]
     return subprocess.run(
-        [*launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def run_ranks(args: list[str], world_size: int) -> subprocess.CompletedProcess:
+    """The script as several ranks; the output of all, and the exit code of the first to fail."""
+    from ranks import Ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = Ranks(world_size, args, free_port(), out, err).wait_as_torchrun(300)
+        return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+
+
+def torchrun(*args, ranks: int) -> list[str]:
+    """The command line of the real torchrun on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    # The -- keeps torchrun from taking our flags for abbreviations of its own.
+    return [*launcher, f"--master_port={free_port()}", "--", *map(str, args)]
 
 
 def run_here(args: list[str]) -> subprocess.CompletedProcess:

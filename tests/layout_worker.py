@@ -1,10 +1,13 @@
-"""Steps of every strategy on this rank as train.py does them, in all layouts of W ranks; rank 0 saves what came out.
+"""Steps of every strategy as train.py does them, in all layouts of W ranks; rank 0 saves them.
 
-    torchrun --nproc_per_node W tests/layout_worker.py OUT.pt
+The file OUT.pt holds a dictionary. Its keys and values, for every layout of W ranks:
 
-OUT.pt: {(parallel, B, scope, dropout): {strategy: gradient, norm, losses, weights}}, under (parallel, B, "train") the
-losses of 20 steps and what a step with a NaN on the last rank did; both for B = 4 and each way of saving memory under
-(parallel, way, dropout) and (parallel, way, "train"), and one step in bfloat16 under (parallel, "bfloat16").
+    (parallel, B, scope, dropout)    {variant: gradient, norm, losses, weights of one step}
+    (parallel, way, dropout)         the same for each way of saving memory, with B = 4
+    (parallel, B or way, "train")    the losses of several steps, and whether a NaN changed anything
+    (parallel, "bfloat16")           one step in bfloat16
+
+tests/test_distributed.py starts this file with W ranks and the argument OUT.pt.
 """
 
 import sys
@@ -24,27 +27,33 @@ from runtime import distributed
 from step import Trainer
 
 G, T, V = 16, 24, 64
-# (B, scope, dropout); B must divide G / W
-CASES = [
-    (16, "global", 0.0),
-    (8, "global", 0.0),
-    (4, "global", 0.0),
-    (2, "global", 0.0),
-    (4, "micro", 0.0),
-    (4, "global", 0.2),
+STEPS, BATCHES = 6, 3  # of a training; each batch comes twice, so that its loss can fall
+# (W, parallel, B); the number of micro-steps is A = G / (W * B).
+LAYOUTS = [
+    (1, "ddp", 16),
+    (1, "ddp", 4),
+    (1, "ddp", 2),
+    (2, "ddp", 8),
+    (2, "ddp", 4),
+    (2, "fsdp", 8),
+    (2, "fsdp", 4),
+    (4, "ddp", 4),
+    (4, "ddp", 2),
+    (4, "fsdp", 4),
+    (4, "fsdp", 2),
 ]
-# strategy -> settings; the last one has all that changes the weights of a batch
-VARIANTS = {
-    **{name: {"reweight": name} for name in STRATEGIES},
-    "robust": {
-        "reweight": "linupper",
-        "reweight_norm": "quantile",
-        "max_weight": 1.2,
-        "r_start": 2.0,
-        "r_steps": 10,
-    },
+# Settings by variant: every strategy, and all at once that changes the weights of a batch.
+ROBUST = {
+    "reweight": "linupper",
+    "reweight_norm": "quantile",
+    "max_weight": 1.2,
+    "r_start": 2.0,
+    "r_steps": 10,
 }
-
+VARIANTS = {name: {"reweight": name} for name in STRATEGIES}
+VARIANTS["robust"] = ROBUST
+# The ways of saving memory do not look at the strategy, so three variants are enough.
+WAY_VARIANTS = ("uniform", "linupper", "robust")
 WAYS = {
     "loss_chunk": {"loss_chunk": 7},
     "full": {"recompute": "full"},
@@ -67,7 +76,7 @@ def global_batch(step: int = 0) -> torch.Tensor:
 
 
 def expected_losses() -> torch.Tensor:
-    """(G,) of the variant "robust", as running means of domains would be."""
+    """(G,) of the variant "robust": the running mean loss of each sample's domain."""
     return domains() * 0.5
 
 
@@ -127,12 +136,12 @@ def one_step(trainer: Trainer, variant: str) -> dict:
     }
 
 
-def all_variants(dropout: float, B: int, parallel: str, **settings) -> dict[str, dict]:
-    """one_step of every variant, each from the same model."""
+def one_step_of_each(variants, dropout: float, B: int, parallel: str, **settings) -> dict:
+    """{variant: one_step}, each from the same model."""
     trainer = trainer_of(dropout, B, parallel, **settings)
     original = trainer.config
     results = {}
-    for variant in VARIANTS:
+    for variant in variants:
         trainer.config = original
         results[variant] = one_step(trainer, variant)
     return results
@@ -146,25 +155,27 @@ def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
     return trainer
 
 
-def twenty_steps(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
-    """Losses of 20 AdamW steps, and whether steps with a NaN loss changed anything."""
+def train(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
+    """Losses of AdamW steps, and whether steps with a NaN loss on the last rank changed anything."""
     rank, _, W = distributed.ranks()
     trainer = trainer_of(dropout, B, parallel, reweight="linupper", **settings)
-    losses = [trainer.step(step, batch_of(step)).losses for step in range(20)]
+    losses = []
+    for step in range(STEPS):
+        result = trainer.step(step, batch_of(step % BATCHES))
+        losses.append(distributed.gather(result.losses))
     before = snapshot(trainer)
     forward = trainer.raw.forward
-    last = torch.tensor([0.0] * (B - 1) + [float("nan") if rank == W - 1 else 0.0])[:, None]
-    trainer.raw.forward = lambda *args: forward(*args) + last
+    addend = torch.zeros(B, 1)
+    if rank == W - 1:
+        addend[-1] = float("nan")
+    trainer.raw.forward = lambda *args: forward(*args) + addend
     for strategy in ("linupper", "uniform"):
         trainer.config = replace(trainer.config, reweight=strategy)
-        result = trainer.step(19, batch_of(19))
+        result = trainer.step(STEPS, batch_of(0))
         assert not result.grad_norm.isfinite() and not result.taken
-    return {
-        "losses": torch.stack([distributed.gather(row) for row in losses]),
-        "unchanged": all(
-            torch.equal(a, b) for a, b in zip(before, snapshot(trainer), strict=True)
-        ),
-    }
+    pairs = zip(before, snapshot(trainer), strict=True)
+    unchanged = all(torch.equal(a, b) for a, b in pairs)
+    return {"losses": torch.stack(losses), "unchanged": unchanged}
 
 
 def snapshot(trainer: Trainer) -> list[torch.Tensor]:
@@ -179,18 +190,21 @@ def main() -> None:
     W = distributed.ranks().world_size
     distributed.setup("cpu")
     results = {}
+    for ranks, parallel, B in LAYOUTS:
+        if ranks == W:
+            results[parallel, B, "global", 0.0] = one_step_of_each(VARIANTS, 0.0, B, parallel)
+            results[parallel, B, "train"] = train(B, parallel)
     for parallel in ("ddp", "fsdp") if W > 1 else ("ddp",):
-        for B, scope, dropout in CASES:
-            if G % (B * W):
-                continue
-            case = all_variants(dropout, B, parallel, reweight_scope=scope)
-            results[parallel, B, scope, dropout] = case
-            if (scope, dropout) == ("global", 0.0):
-                results[parallel, B, "train"] = twenty_steps(B, parallel)
-        for way, settings in WAYS.items() if W <= 2 else ():
+        micro = one_step_of_each(VARIANTS, 0.0, 4, parallel, reweight_scope="micro")
+        results[parallel, 4, "micro", 0.0] = micro
+        results[parallel, 4, "global", 0.2] = one_step_of_each(VARIANTS, 0.2, 4, parallel)
+        if W > 2:
+            continue
+        for way, settings in WAYS.items():
             for dropout in (0.0, 0.2):
-                results[parallel, way, dropout] = all_variants(dropout, 4, parallel, **settings)
-            results[parallel, way, "train"] = twenty_steps(4, parallel, 0.2, **settings)
+                steps = one_step_of_each(WAY_VARIANTS, dropout, 4, parallel, **settings)
+                results[parallel, way, dropout] = steps
+            results[parallel, way, "train"] = train(4, parallel, 0.2, **settings)
         trainer = trainer_of(0.0, 4, parallel, dtype="bfloat16")
         results[parallel, "bfloat16"] = one_step(trainer, "linupper")
         assert all(distributed.full(p).dtype == torch.float32 for p in trainer.raw.parameters())

@@ -6,15 +6,20 @@ import torch
 from conftest import write_shards
 
 import data
+from cli import UserError
+from corpus.manifest import read_manifest
 from corpus.shards import ShardWriter
-from errors import UserError
-from manifest import read_manifest
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_shards(tmp_path, {"arxiv": {"train": np.arange(0, 101), "val": np.arange(0, 50)},
-                                   "wikipedia": {"train": np.arange(1000, 1055), "val": np.arange(0, 50)}})
+    return write_shards(
+        tmp_path,
+        {
+            "arxiv": {"train": np.arange(0, 101), "val": np.arange(0, 50)},
+            "wikipedia": {"train": np.arange(1000, 1055), "val": np.arange(0, 50)},
+        },
+    )
 
 
 def open_split(folder, split="train", block_size=10):
@@ -36,7 +41,9 @@ def test_windows_do_not_cross_shards(tmp_path):
         writer.add(np.arange(start, start + 7, dtype=np.uint16), 7)
     manifest = read_manifest(tmp_path)
     manifest["domains"]["c4"]["train"] = shards = writer.close()
-    assert [s["tokens"] for s in shards] == [25, 25, 20] and sum(s["documents"] for s in shards) == 10
+    assert [s["tokens"] for s in shards] == [25, 25, 20] and sum(
+        s["documents"] for s in shards
+    ) == 10
     split = data.Split(tmp_path, manifest, "train", 8)
     assert split.n_windows.tolist() == [3 + 3 + 2]
     starts = [split.window(0, i)[0] for i in range(8)]
@@ -71,7 +78,7 @@ def test_sampler_draws_every_window_once_an_epoch():
     first = drawn[drawn[:, 0] == 0][:, 1]
     assert len(first) > 60
     for epoch in range(len(first) // 20):
-        assert sorted(first[epoch * 20:(epoch + 1) * 20].tolist()) == list(range(20))
+        assert sorted(first[epoch * 20 : (epoch + 1) * 20].tolist()) == list(range(20))
     assert first[:20].tolist() != first[20:40].tolist()
 
 
@@ -93,14 +100,18 @@ def test_sampler_is_stable_across_versions_of_numpy():
 
 @pytest.mark.parametrize("name", data.MIXTURES)
 def test_mixtures_are_drawn_as_stated(name, tmp_path):
-    shards = {d: {"train": np.arange(100 * (i + 1)), "val": np.arange(20)} for i, d in enumerate(data.DOMAINS)}
+    shards = {
+        d: {"train": np.arange(100 * (i + 1)), "val": np.arange(20)}
+        for i, d in enumerate(data.DOMAINS)
+    }
     split = open_split(write_shards(tmp_path, shards))
     p = data.mixture_weights(name, split)
     assert p.sum() == pytest.approx(1)
     row = data.MIXTURES[name] or {d: 100.0 * (i + 1) for i, d in enumerate(data.DOMAINS)}
     total = sum(row.values())
     assert dict(zip(split.domains, p, strict=True)) == pytest.approx(
-        {d: row.get(d, 0) / total for d in data.DOMAINS})
+        {d: row.get(d, 0) / total for d in data.DOMAINS}
+    )
     sampler = data.DomainSampler(p, split.n_windows, 4000, seed=1)
     counted = np.bincount(sampler.draw(0)[:, 0], minlength=7) / 4000
     assert np.abs(counted - p).max() < 0.03 and not counted[p == 0].any()
@@ -115,7 +126,9 @@ def test_missing_and_short_shards(folder):
     shard = folder / "arxiv" / "train_00000.npy"
     content = shard.read_bytes()
     shard.write_bytes(content[:-2])
-    with pytest.raises(UserError, match=r"arxiv/train_00000.npy has 328 bytes, the manifest says 330"):
+    with pytest.raises(
+        UserError, match=r"arxiv/train_00000.npy has 328 bytes, the manifest says 330"
+    ):
         open_split(folder)
     shard.unlink()
     with pytest.raises(UserError, match=r"arxiv/train_00000.npy is missing"):

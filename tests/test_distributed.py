@@ -1,40 +1,38 @@
-"""The layout invariant: ranks, accumulation, DDP and FSDP change neither batch, weights nor gradient."""
+"""The layout invariant: ranks, accumulation, DDP and FSDP change neither batch, weights nor step."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, expect_ok
-from layout_worker import VARIANTS, WAYS, G, expected_losses, global_batch, small_model
+from conftest import command, expect_ok, write_shards
+from layout_worker import (
+    BATCHES,
+    LAYOUTS,
+    VARIANTS,
+    WAY_VARIANTS,
+    WAYS,
+    G,
+    expected_losses,
+    global_batch,
+    small_model,
+)
 from test_reweight import FORMULAS, reference
 
 import data
 
-# (W, parallel, B); A = G / (W * B), G = 16
-LAYOUTS = [
-    (1, "ddp", 4),
-    (1, "ddp", 2),
-    (2, "ddp", 8),
-    (2, "ddp", 4),
-    (2, "fsdp", 8),
-    (2, "fsdp", 4),
-    (4, "ddp", 4),
-    (4, "ddp", 2),
-    (4, "fsdp", 4),
-    (4, "fsdp", 2),
-]
 layouts = pytest.mark.parametrize("W, parallel, B", LAYOUTS)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """results(W) -> what tests/layout_worker.py saved with W ranks; each W is run once."""
-    done, folder = {}, tmp_path_factory.mktemp("layouts")
+    folder = tmp_path_factory.mktemp("layouts")
+    loaded = {}
 
     def run(W):
-        if W not in done:
+        if W not in loaded:
             expect_ok(command("tests/layout_worker.py", folder / f"{W}.pt", ranks=W))
-            done[W] = torch.load(folder / f"{W}.pt")
-        return done[W]
+            loaded[W] = torch.load(folder / f"{W}.pt")
+        return loaded[W]
 
     return run
 
@@ -49,28 +47,26 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def assert_same_steps(got, expected, variants):
+    for variant in variants:
+        a, b = got[variant], expected[variant]
+        assert relative(a["gradient"], b["gradient"]) < 1e-6
+        torch.testing.assert_close(a["norm"], b["norm"], atol=0, rtol=1e-6)
+        torch.testing.assert_close(a["losses"], b["losses"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(a["weights"], b["weights"], atol=1e-6, rtol=0)
+
+
 @layouts
 def test_every_layout_gives_the_same_step(results, one, W, parallel, B):
-    other = results(W)[parallel, B, "global", 0.0]
-    for variant in VARIANTS:
-        assert relative(other[variant]["gradient"], one[variant]["gradient"]) < 1e-6
-        torch.testing.assert_close(other[variant]["norm"], one[variant]["norm"], atol=0, rtol=1e-6)
-        torch.testing.assert_close(
-            other[variant]["losses"], one[variant]["losses"], atol=1e-5, rtol=0
-        )
-        torch.testing.assert_close(
-            other[variant]["weights"], one[variant]["weights"], atol=1e-6, rtol=0
-        )
+    assert_same_steps(results(W)[parallel, B, "global", 0.0], one, VARIANTS)
 
 
 @layouts
 def test_every_layout_trains_alike(results, W, parallel, B):
-    """Losses of 20 steps; not the parameters: AdamW magnifies rounding where a gradient is almost zero."""
-    expected, got = (
-        results(1)["ddp", G, "train"]["losses"],
-        results(W)[parallel, B, "train"]["losses"],
-    )
-    assert expected[0].mean() - expected[-1].mean() > 0.1  # it learns
+    """Losses, not parameters: AdamW magnifies rounding where a gradient is almost zero."""
+    expected = results(1)["ddp", G, "train"]["losses"]
+    assert expected[:BATCHES].mean() - expected[BATCHES:].mean() > 0.1  # it learns
+    got = results(W)[parallel, B, "train"]["losses"]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
@@ -82,25 +78,19 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(results, W, parallel, B):
 @pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
-    """Against the plain step with the same B, with and without dropout; a NaN skips the step there as well."""
+    """Against the plain step with the same B, with and without dropout; also where a NaN skips it."""
     for dropout in (0.0, 0.2):
-        expected, got = results(1)["ddp", 4, "global", dropout], results(W)[parallel, way, dropout]
-        for variant in VARIANTS:
-            assert relative(got[variant]["gradient"], expected[variant]["gradient"]) < 1e-6
-            torch.testing.assert_close(
-                got[variant]["losses"], expected[variant]["losses"], atol=1e-5, rtol=0
-            )
-            torch.testing.assert_close(
-                got[variant]["weights"], expected[variant]["weights"], atol=1e-6, rtol=0
-            )
-            if W == 1 and "loss_chunk" not in way:
+        expected = results(1)["ddp", 4, "global", dropout]
+        got = results(W)[parallel, way, dropout]
+        assert_same_steps(got, expected, WAY_VARIANTS)
+        if W == 1 and "loss_chunk" not in way:
+            for variant in WAY_VARIANTS:
                 assert torch.equal(got[variant]["gradient"], expected[variant]["gradient"])
     train = results(W)[parallel, way, "train"]
     assert train["unchanged"]
-    # 20 steps with dropout noise: the same B gives the same noise
-    torch.testing.assert_close(
-        train["losses"], results(1)["ddp", way, "train"]["losses"], atol=1e-5, rtol=0
-    )
+    # With dropout: the same B gives the same noise.
+    expected = results(1)["ddp", way, "train"]["losses"]
+    torch.testing.assert_close(train["losses"], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
@@ -130,10 +120,7 @@ def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
     got = one[variant]
     assert relative(got["gradient"].double(), gradient) < 1e-5
     np.testing.assert_allclose(got["weights"].numpy(), weights, atol=1e-6)
-    if variant not in (
-        "uniform",
-        "robust",
-    ):  # a test of weights that are all alike would show nothing
+    if variant not in ("uniform", "robust"):  # equal weights would show nothing
         assert got["weights"].max() > 2 * got["weights"].min()
 
 
@@ -146,25 +133,25 @@ def test_uniform_is_the_plain_mean_bit_for_bit(one):
 
 @pytest.mark.parametrize("W, parallel", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_dropout_noise_does_not_depend_on_ranks(results, W, parallel):
-    """Noise belongs to the micro-batch: the same B gives the same step for any split into ranks and micro-steps."""
-    a, b = results(1)["ddp", 4, "global", 0.2], results(W)[parallel, 4, "global", 0.2]
+    """Noise belongs to the micro-batch: with the same B, any split into ranks gives the same step."""
+    expected = results(1)["ddp", 4, "global", 0.2]
+    got = results(W)[parallel, 4, "global", 0.2]
     for variant in VARIANTS:
-        assert relative(a[variant]["gradient"], b[variant]["gradient"]) < 1e-6
-    assert (
-        relative(
-            a["uniform"]["gradient"], results(1)["ddp", 4, "global", 0.0]["uniform"]["gradient"]
-        )
-        > 0.01
-    )
+        assert relative(got[variant]["gradient"], expected[variant]["gradient"]) < 1e-6
+    without_noise = results(1)["ddp", 4, "global", 0.0]["uniform"]["gradient"]
+    assert relative(expected["uniform"]["gradient"], without_noise) > 0.01
 
 
-@pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(
+    "W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+)
 def test_micro_scope_weights_each_micro_step_on_its_own(results, W, parallel):
-    got, B, A = results(W)[parallel, 4, "micro", 0.0], 4, G // (W * 4)
+    got = results(W)[parallel, 4, "micro", 0.0]
+    B = 4
+    A = G // (W * B)
     for strategy in FORMULAS:
-        losses, weights = (
-            got[strategy][key].numpy().reshape(W, A, B) for key in ("losses", "weights")
-        )
+        losses = got[strategy]["losses"].numpy().reshape(W, A, B)
+        weights = got[strategy]["weights"].numpy().reshape(W, A, B)
         for a in range(A):
             expected = reference(losses[:, a].ravel(), strategy, 0.4) / A
             np.testing.assert_allclose(weights[:, a].ravel(), expected, atol=1e-6)
@@ -172,13 +159,11 @@ def test_micro_scope_weights_each_micro_step_on_its_own(results, W, parallel):
 
 def test_global_batches_are_identical_for_any_layout(tmp_path):
     """Each rank's slices, laid end to end in rank order, are the same global batch."""
-    from conftest import write_shards
-
     tokens = np.arange(3000) % 250
-    write_shards(
-        tmp_path,
-        {d: {"train": np.roll(tokens, i), "val": tokens[:50]} for i, d in enumerate(data.DOMAINS)},
-    )
+    domains = {}
+    for i, name in enumerate(data.DOMAINS):
+        domains[name] = {"train": np.roll(tokens, i), "val": tokens[:50]}
+    write_shards(tmp_path, domains)
     run_data = data.open_data(str(tmp_path), 16, "doge", 16, 42, 1)
 
     def batch(W):

@@ -1,4 +1,4 @@
-"""Few-shot scores of our GPT against the harness's own hf backend on the exported folder, with local tasks."""
+"""Few-shot scores of our GPT against the harness's own hf backend, with local tasks."""
 
 import json
 import os
@@ -11,28 +11,32 @@ import pytest
 import torch
 from conftest import ROOT, command, expect_error, expect_ok
 
-import checkpoint
-import tokenizer
-import train
-from eval import fewshot, models
+from corpus import tokenizer
+from eval import fewshot, harness, models
 from model import GPT, GPTConfig
+from recipe import TrainConfig
+from runtime import checkpoint
 
 TASKS = ROOT / "tests" / "tasks"
 NAMES = ("where", "letter", "from_nothing", "last_words", "tell", "whole_text")
 # name -> (shape with a padded vocabulary, examples in a prompt); some requests are longer than these contexts
-MODELS = {"gpt2": (GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50304), 2),
-          "bytes": (GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320), 0)}
+MODELS = {
+    "gpt2": (GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50304), 2),
+    "bytes": (GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320), 0),
+}
 
 
 def teach(model, tokens):
     """Stories with the right answers, until it ends answers as they do."""
-    stories = [json.loads(line) for line in (TASKS / "stories_train.jsonl").read_text().splitlines()] * 9
+    stories = [
+        json.loads(line) for line in (TASKS / "stories_train.jsonl").read_text().splitlines()
+    ] * 9
     text = "\n\n".join(f"{s['story'][-90:]}\nQ: {s['question']}\nA: {s['place']}" for s in stories)
     ids = torch.from_numpy(tokens.encode_to_numpy(text).astype("int64"))
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=250)
     for _ in range(250):
-        batch = torch.stack([ids[i:i + 129] for i in torch.randint(len(ids) - 129, (8,))])
+        batch = torch.stack([ids[i : i + 129] for i in torch.randint(len(ids) - 129, (8,))])
         model(batch[:, :-1], batch[:, 1:]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -52,11 +56,21 @@ def runs(tmp_path_factory):
         else:
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.3)
-        torch.nn.init.normal_(model.wte.weight[tokens.n_vocab:], std=2)  # padding that would win
-        checkpoint.save(folder, 7, (model.state_dict(), {}), {
-            "gpt": asdict(shape), "max_steps": 7, "identity": {"dtype": "float32"}, "data_dir": "gone",
-            "tokenizer_sha256": tokens.sha256}, 1)
-        settings = train.TrainConfig(global_batch_size=4, block_size=shape.block_size, data_dir="gone")
+        torch.nn.init.normal_(model.wte.weight[tokens.n_vocab :], std=2)  # padding that would win
+        checkpoint.save(
+            folder,
+            7,
+            (model.state_dict(), {}),
+            {
+                "gpt": asdict(shape),
+                "max_steps": 7,
+                "identity": {"dtype": "float32"},
+                "data_dir": "gone",
+                "tokenizer_sha256": tokens.sha256,
+            },
+            1,
+        )
+        settings = TrainConfig(global_batch_size=4, block_size=shape.block_size, data_dir="gone")
         (folder / "config.json").write_text(json.dumps(asdict(settings)))
         expect_ok(command("scripts/export_hf.py", "--run", folder))
         made[name] = folder
@@ -66,21 +80,29 @@ def runs(tmp_path_factory):
 def simple_evaluate(lm, tasks, num_fewshot):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+
     os.environ["DISABLE_MULTIPROC"] = "1"
-    return simple_evaluate(lm, tasks=list(tasks), num_fewshot=num_fewshot, log_samples=True, bootstrap_iters=10,
-                           task_manager=TaskManager(include_path=TASKS, include_defaults=False))
+    return simple_evaluate(
+        lm,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        log_samples=True,
+        bootstrap_iters=10,
+        task_manager=TaskManager(include_path=TASKS, include_defaults=False),
+    )
 
 
-def harness(run_dir, batch_size=8, **changes):
+def our_model(run_dir, batch_size=8, **changes):
     model, tokens, *_ = models.open_model(Namespace(run=run_dir, hf=None, dtype=None))
     model.config = replace(model.config, **changes)
-    return fewshot.Harness(model, tokens, batch_size)
+    return harness.Harness(model, tokens, batch_size)
 
 
 @pytest.fixture(scope="module")
 def theirs(runs):
     """name -> what the hf backend gives on the exported folder."""
     from lm_eval.models.huggingface import HFLM
+
     found, here = {}, Path.cwd()
     os.chdir(ROOT)  # the tasks name their files from there
     for name, folder in runs.items():
@@ -92,12 +114,16 @@ def theirs(runs):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_request_and_score_is_that_of_the_hf_backend(runs, theirs, name, batch_size, monkeypatch):
+def test_every_request_and_score_is_that_of_the_hf_backend(
+    runs, theirs, name, batch_size, monkeypatch
+):
     monkeypatch.chdir(ROOT)
-    lm = harness(runs[name], batch_size)
+    lm = our_model(runs[name], batch_size)
     ours, theirs = simple_evaluate(lm, NAMES, MODELS[name][1]), theirs[name]
     for task in NAMES:
-        assert any(lm.cut[task]) != (task in ("from_nothing", "whole_text"))  # some requests do not fit
+        assert any(lm.cut[task]) != (
+            task in ("from_nothing", "whole_text")
+        )  # some requests do not fit
         for a, b in zip(ours["samples"][task], theirs["samples"][task], strict=True):
             assert a["arguments"] == b["arguments"]
             for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
@@ -108,10 +134,14 @@ def test_every_request_and_score_is_that_of_the_hf_backend(runs, theirs, name, b
                 else:
                     assert x[0] == pytest.approx(y[0], abs=1e-3) and x[1] is y[1]
         for metric, value in theirs["results"][task].items():
-            tolerance = 1e-5 if "perplexity" in metric or "bits" in metric else 0  # those are no counts
+            tolerance = (
+                1e-5 if "perplexity" in metric or "bits" in metric else 0
+            )  # those are no counts
             same = pytest.approx(value, rel=tolerance) if isinstance(value, float) else value
             assert ours["results"][task][metric] == same, metric
-    if name == "bytes":  # it has learned to end its answers: what is compared is not all of one kind
+    if (
+        name == "bytes"
+    ):  # it has learned to end its answers: what is compared is not all of one kind
         said = [s["resps"][0][0] for s in ours["samples"]["tell"]]
         assert len(set(said)) > 2 and any(len(text) < 14 for text in said)
         assert {s["resps"][0][0][1] for s in ours["samples"]["last_words"]} == {True, False}
@@ -119,22 +149,27 @@ def test_every_request_and_score_is_that_of_the_hf_backend(runs, theirs, name, b
 
 def test_cuts_are_counted(runs, monkeypatch):
     monkeypatch.chdir(ROOT)
-    lm, (shape, shots) = harness(runs["gpt2"]), MODELS["gpt2"]
+    lm, (shape, shots) = our_model(runs["gpt2"]), MODELS["gpt2"]
     done = simple_evaluate(lm, NAMES, shots)
     for task in ("where", "letter", "last_words", "tell"):
         expected = []
         for sample in done["samples"][task]:
             for context, rest in sample["arguments"]:
                 # as many new tokens as the task asks for must fit; the last token of a choice is only a target
-                text, room = (context, shape.block_size - 14) if task == "tell" else (context + rest,
-                                                                                     shape.block_size + 1)
+                text, room = (
+                    (context, shape.block_size - 14)
+                    if task == "tell"
+                    else (context + rest, shape.block_size + 1)
+                )
                 expected.append(max(0, len(lm.tok_encode(text)) - room))
         assert lm.cut[task] == expected and min(expected) < max(expected)
     assert lm.cut["whole_text"] == [0] * 28
 
 
 def score(run_dir, *flags, ranks=1):
-    return command("eval/fewshot.py", "--run", run_dir, "--include_path", TASKS, *flags, ranks=ranks)
+    return command(
+        "eval/fewshot.py", "--run", run_dir, "--include_path", TASKS, *flags, ranks=ranks
+    )
 
 
 @pytest.fixture
@@ -153,9 +188,16 @@ def test_two_ranks_give_the_numbers_of_one(run_dir, tmp_path):
 
 
 def test_record_and_table(run_dir):
-    shown = expect_ok(score(run_dir, "--tasks", "where,whole_text", "--num_fewshot", 1, "--limit", 9))
+    shown = expect_ok(
+        score(run_dir, "--tasks", "where,whole_text", "--num_fewshot", 1, "--limit", 9)
+    )
     record = json.loads((run_dir / "eval" / "fewshot.json").read_text())
-    assert (record["step"], record["num_fewshot"], record["limit"], record["failed"]) == (7, 1, 9, {})
+    assert (record["step"], record["num_fewshot"], record["limit"], record["failed"]) == (
+        7,
+        1,
+        9,
+        {},
+    )
     where, whole = record["tasks"]["where"], record["tasks"]["whole_text"]
     assert where["metric"] == "acc,none" and where["requests"] == 27 and where["truncated"] == 27
     correct = where["score"] * 9
@@ -164,8 +206,16 @@ def test_record_and_table(run_dir):
     assert whole["metric"].startswith("word_perplexity") and whole["higher_is_better"] is False
     assert (whole["stderr"], whole["truncated"], whole["tokens_cut"]) == (None, 0, 0)
     row = next(line for line in shown.splitlines() if line.startswith("where")).split()
-    assert row == ["where", "acc", f"{where['score']:.4f}", f"{where['stderr']:.4f}", "1", "27", "27",
-                   f"{where['tokens_cut'] / 27:.1f}"]
+    assert row == [
+        "where",
+        "acc",
+        f"{where['score']:.4f}",
+        f"{where['stderr']:.4f}",
+        "1",
+        "27",
+        "27",
+        f"{where['tokens_cut'] / 27:.1f}",
+    ]
 
 
 def test_a_second_start_scores_what_is_missing(run_dir):
@@ -174,11 +224,14 @@ def test_a_second_start_scores_what_is_missing(run_dir):
     record = json.loads(path.read_text())
     record["tasks"]["letter"]["score"] = 0.123  # so that scoring again would show
     path.write_text(json.dumps(record))
-    assert "scored before with these settings: letter" in expect_ok(score(run_dir, "--tasks", "where,letter", "--limit",
-                                                                          3))
+    assert "scored before with these settings: letter" in expect_ok(
+        score(run_dir, "--tasks", "where,letter", "--limit", 3)
+    )
     tasks = json.loads(path.read_text())["tasks"]
     assert tasks["letter"]["score"] == 0.123 and "where" in tasks
-    assert "is of other settings (limit 3)" in expect_ok(score(run_dir, "--tasks", "where", "--limit", 4))
+    assert "is of other settings (limit 3)" in expect_ok(
+        score(run_dir, "--tasks", "where", "--limit", 4)
+    )
     assert list(json.loads(path.read_text())["tasks"]) == ["where"]
 
 
@@ -192,7 +245,16 @@ def test_groups_have_a_row_of_their_own(run_dir, whole_index):
 
 
 def test_a_hugging_face_folder_scores_like_its_run(run_dir, tmp_path):
-    flags = ("--include_path", TASKS, "--tasks", "where,tell", "--num_fewshot", 0, "--to", tmp_path / "hf.json")
+    flags = (
+        "--include_path",
+        TASKS,
+        "--tasks",
+        "where,tell",
+        "--num_fewshot",
+        0,
+        "--to",
+        tmp_path / "hf.json",
+    )
     expect_ok(command("eval/fewshot.py", "--hf", run_dir / "hf", *flags))
     expect_ok(score(run_dir, *flags[2:-2]))
     ours = json.loads((run_dir / "eval" / "fewshot.json").read_text())["tasks"]
@@ -203,11 +265,19 @@ def test_a_hugging_face_folder_scores_like_its_run(run_dir, tmp_path):
 def whole_index(monkeypatch):
     """The harness's index of all tasks, of which the reading takes seconds, made once."""
     import lm_eval.tasks
+
     if not INDEX:
         INDEX.append(lm_eval.tasks.TaskManager(include_path=TASKS))
     real = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path=None, include_defaults=True:
-                        INDEX[0] if include_defaults else real(include_path=include_path, include_defaults=False))
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_path=None, include_defaults=True: (
+            INDEX[0]
+            if include_defaults
+            else real(include_path=include_path, include_defaults=False)
+        ),
+    )
     return INDEX[0]
 
 
@@ -238,31 +308,67 @@ WRONG = [
     (["--hf", "nowhere", "--tasks", "where"], ["nowhere", "neither a folder"]),
     (["--hf", "RUN", "--tasks", "where"], ["RUN", "config.json"]),
     (["--run", "RUN", "--tasks", "where", "--to", "RUN"], ["--to", "is a folder"]),
-    (["--run", "RUN", "--tasks", "where", "--to", "RUN/config.json/x.json"], ["--to", "can be made"]),
+    (
+        ["--run", "RUN", "--tasks", "where", "--to", "RUN/config.json/x.json"],
+        ["--to", "can be made"],
+    ),
 ]
 
 
 @pytest.mark.parametrize("flags, words", WRONG, ids=lambda value: " ".join(value))
 def test_wrong_flags_are_told_in_one_line(runs, whole_index, flags, words):
-    flags, words = ([text.replace("RUN", str(runs["bytes"])) for text in texts] for texts in (flags, words))
+    flags, words = (
+        [text.replace("RUN", str(runs["bytes"])) for text in texts] for texts in (flags, words)
+    )
     path = [] if "--include_path" in flags else ["--include_path", TASKS]
     expect_error(command("eval/fewshot.py", *flags, *path), *words)
 
 
 # what a task takes over from one in tests/tasks, what it has instead, words of the one line
 WRONG_TASKS = {
-    "hub": ("where", "dataset_path: allenai/sciq\ndataset_kwargs: null", ["in the cache", "allenai/sciq"]),
-    "file": ("where", "dataset_kwargs: {data_files: {train: gone.jsonl, test: gone.jsonl}}",
-             ["in the cache", "gone.jsonl"]),
+    "hub": (
+        "where",
+        "dataset_path: allenai/sciq\ndataset_kwargs: null",
+        ["not in the cache", "allenai/sciq"],
+    ),
+    "file": (
+        "where",
+        "dataset_kwargs: {data_files: {train: gone.jsonl, test: gone.jsonl}}",
+        ["in the cache", "gone.jsonl"],
+    ),
     "split": ("where", "test_split: tests", ["KeyError", "tests"]),
-    "template": ("where", "doc_to_text: '{{no_such_name.upper()}}'", ["UndefinedError", "no_such_name"]),
+    "template": (
+        "where",
+        "doc_to_text: '{{no_such_name.upper()}}'",
+        ["UndefinedError", "no_such_name"],
+    ),
     "type": ("where", "output_type: multiple_choices", ["multiple_choices"]),
     "choice": ("where", "doc_to_choice: ['', 'a', 'b']\ntarget_delimiter: ''", ["IndexError"]),
-    "empty": ("last_words", "doc_to_target: ''\ntarget_delimiter: ''", ["continuation of 0 tokens", "''"]),
-    "nothing": ("last_words", "doc_to_text: ''\ndoc_to_target: ''\ntarget_delimiter: ''", ["empty text"]),
-    "long": ("where", "doc_to_choice: \"{{['x' * 200, 'a', 'b']}}\"", ["continuation of 201 tokens", "1 to 128"]),
-    "tokens": ("tell", "generation_kwargs: {until: [x], max_gen_toks: 128}", ["128 new tokens", "(128)"]),
-    "random": ("tell", "generation_kwargs: {until: [x], do_sample: true, temperature: 0.5}", ["at random", "greedy"]),
+    "empty": (
+        "last_words",
+        "doc_to_target: ''\ntarget_delimiter: ''",
+        ["continuation of 0 tokens", "''"],
+    ),
+    "nothing": (
+        "last_words",
+        "doc_to_text: ''\ndoc_to_target: ''\ntarget_delimiter: ''",
+        ["empty text"],
+    ),
+    "long": (
+        "where",
+        "doc_to_choice: \"{{['x' * 200, 'a', 'b']}}\"",
+        ["continuation of 201 tokens", "1 to 128"],
+    ),
+    "tokens": (
+        "tell",
+        "generation_kwargs: {until: [x], max_gen_toks: 128}",
+        ["128 new tokens", "(128)"],
+    ),
+    "random": (
+        "tell",
+        "generation_kwargs: {until: [x], do_sample: true, temperature: 0.5}",
+        ["at random", "greedy"],
+    ),
 }
 
 
@@ -282,15 +388,21 @@ def test_a_task_that_cannot_be_scored_ends_nothing_but_itself(run_dir, tmp_path,
 
 def test_squadv2_counts_in_percent_and_is_told_as_a_fraction():
     found = {"alias": "squadv2", "f1,none": 40.0, "exact,none": 25.0, "exact_stderr,none": "N/A"}
-    results = {"n-shot": {"squadv2": 5}, "versions": {"squadv2": 3}, "higher_is_better": {"squadv2": {"exact": True}}}
-    record = fewshot.record_of("squadv2", found, results, {"squadv2": [0, 3, 4]})
+    results = {
+        "n-shot": {"squadv2": 5},
+        "versions": {"squadv2": 3},
+        "higher_is_better": {"squadv2": {"exact": True}},
+    }
+    record = harness.record_of("squadv2", found, results, {"squadv2": [0, 3, 4]})
     assert (record["metric"], record["score"], record["stderr"]) == ("exact,none", 0.25, None)
     assert (record["requests"], record["truncated"], record["tokens_cut"]) == (3, 2, 7)
     assert record["metrics"] == {"f1,none": 40.0, "exact,none": 25.0}
 
 
 def test_a_loading_script_is_told_as_such():
-    said = fewshot.what_is_wrong(RuntimeError("Dataset scripts are no longer supported, but found logiqa.py"))
+    said = harness.what_is_wrong(
+        RuntimeError("Dataset scripts are no longer supported, but found logiqa.py")
+    )
     assert "loading script" in said and "logiqa.py" in said and "\n" not in said
 
 
@@ -304,14 +416,18 @@ def test_damaged_runs_are_told_in_one_line(run_dir, monkeypatch):
     weights, state = (checkpoint.find_latest(run_dir) / name for name in ("model.pt", "state.json"))
     model = torch.load(weights)
     content = json.loads(state.read_text())
-    checkpoint.save(run_dir, 7, ({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, {}), content, 1)
+    checkpoint.save(
+        run_dir, 7, ({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, {}), content, 1
+    )
     expect_error(score(run_dir, "--tasks", "where"), "task where", "diverged")
     expect_error(score(run_dir, "--tasks", "tell"), "task tell", "diverged")
     (run_dir / "eval" / "fewshot.json").write_text("{")
     expect_error(score(run_dir, "--tasks", "where"), "fewshot.json", "cannot be read")
     weights.write_bytes(b"not tensors")
     expect_error(score(run_dir, "--tasks", "where"), "model.pt", "damaged")
-    state.write_text(json.dumps({**json.loads(state.read_text()), "tokenizer_sha256": "of another"}))
+    state.write_text(
+        json.dumps({**json.loads(state.read_text()), "tokenizer_sha256": "of another"})
+    )
     expect_error(score(run_dir, "--tasks", "where"), "tokenizer", "gpt2, bytes")
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     expect_error(score(run_dir, "--tasks", "where"), "pip install -r requirements-eval.txt")

@@ -8,7 +8,16 @@ import torch
 from conftest import command, expect_error, expect_ok
 
 from reweight import STRATEGIES
-from scripts.reproduce_linear_regression import BASE, SETTINGS, START, G, ahead, gradient, steps_to, train
+from scripts.reproduce_linear_regression import (
+    BASE,
+    SETTINGS,
+    START,
+    G,
+    ahead,
+    gradient,
+    steps_to,
+    train,
+)
 
 SCRIPT = "scripts/reproduce_linear_regression.py"
 
@@ -20,25 +29,34 @@ def test_gradient_equals_a_loop():
     got = gradient(theta, x, y, r=0.4)
     for s, f in enumerate(STRATEGIES.values()):
         for run in range(2):
-            xs, errors = x[run].double(), (x[run].double() @ theta[s, 0, run].double() - y[run].double()).tolist()
+            xs, errors = (
+                x[run].double(),
+                (x[run].double() @ theta[s, 0, run].double() - y[run].double()).tolist(),
+            )
             losses = [e**2 / 2 for e in errors]
             low, high = min(losses), max(losses)
-            h = torch.tensor([(2 * v - low - high) / (high - low) for v in losses], dtype=torch.float64)
+            h = torch.tensor(
+                [(2 * v - low - high) / (high - low) for v in losses], dtype=torch.float64
+            )
             scores = [math.exp(v / 0.4) for v in f(h, 1.0).tolist()]
-            want = sum(v / sum(scores) * e * row for v, e, row in zip(scores, errors, xs, strict=True))
+            want = sum(
+                v / sum(scores) * e * row for v, e, row in zip(scores, errors, xs, strict=True)
+            )
             torch.testing.assert_close(got[s, 0, run].double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_same_start_and_same_data():
     """With r = infinity all strategies are uniform: on the same samples from the same point they coincide."""
     lr = torch.full((len(STRATEGIES), 1), 0.1)
-    losses, effective, gain = train(replace(BASE, d=6, r=1e9), lr, runs=3, steps=20, seed=0)
+    result = train(replace(BASE, d=6, r=1e9), lr, runs=3, steps=20, seed=0)
+    losses = result.losses
     torch.testing.assert_close(losses[0], torch.full_like(losses[0], START))
     torch.testing.assert_close(losses, losses[:, :1].expand_as(losses), rtol=1e-3, atol=1e-6)
-    assert losses[-1].max() < 0.2 and gain.max() <= 1 + 1e-5
-    assert abs(effective[:10].mean() - 1) < 0.2
-    other = train(replace(BASE, d=6), lr, runs=3, steps=20, seed=0)[0]
-    assert torch.equal(other[:, 0], train(replace(BASE, d=6), lr, runs=3, steps=20, seed=0)[0][:, 0])  # seeded
+    assert losses[-1].max() < 0.2 and result.gain.max() <= 1 + 1e-5
+    assert abs(result.effective[:10].mean() - 1) < 0.2
+    other = train(replace(BASE, d=6), lr, runs=3, steps=20, seed=0).losses
+    again = train(replace(BASE, d=6), lr, runs=3, steps=20, seed=0).losses
+    assert torch.equal(other[:, 0], again[:, 0])  # seeded
     assert (other[-1, 1:] - other[-1, :1]).abs().min() > 0
 
 
@@ -51,7 +69,9 @@ def test_test_loss_is_of_the_training_distribution(name):
     assert x.shape == (2000, G, setting.d)
     torch.testing.assert_close((x**2).mean((0, 1)), setting.covariance(), rtol=0.15, atol=0.0)
     variance = (y - torch.einsum("rgd,rd->rg", x, theta_true)).var().item()
-    assert math.isclose(variance, setting.noise**2 + 25 * setting.corrupt, rel_tol=0.15, abs_tol=1e-8)
+    assert math.isclose(
+        variance, setting.noise**2 + 25 * setting.corrupt, rel_tol=0.15, abs_tol=1e-8
+    )
 
 
 def test_steps_and_verdict():

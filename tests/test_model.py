@@ -9,8 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT, SIZES, Cache, GPTConfig, attend, token_losses
 
 SMALL = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, vocab_size=211)
-PARAMETERS = {"tiny": 7_357_312, "124m": 124_439_808, "210m": 209_494_272, "355m": 354_823_168, "684m": 684_181_200,
-              "774m": 774_030_080, "1.5b": 1_557_611_200}
+PARAMETERS = {
+    "tiny": 7_357_312,
+    "124m": 124_439_808,
+    "210m": 209_494_272,
+    "355m": 354_823_168,
+    "684m": 684_181_200,
+    "774m": 774_030_080,
+    "1.5b": 1_557_611_200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +130,7 @@ def test_chunks_in_bfloat16_add_up_in_float32():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             token_losses(x, leaf, targets, chunk).sum().backward()
         return leaf.grad
+
     exact = gradient(0, False)
     assert relative(gradient(1, True), exact) < 1.5 * relative(gradient(0, True), exact)
     (losses, whole), (expected, plain) = step(bf16=True, loss_chunk=7), step(bf16=True)
@@ -134,7 +142,9 @@ def test_chunks_in_bfloat16_add_up_in_float32():
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_bit(recompute, dropout):
     assert all(map(torch.equal, step(dropout, recompute=recompute), step(dropout)))
-    assert all(map(torch.equal, step(dropout, bf16=True, recompute=recompute), step(dropout, bf16=True)))
+    assert all(
+        map(torch.equal, step(dropout, bf16=True, recompute=recompute), step(dropout, bf16=True))
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -152,6 +162,7 @@ def test_selective_keeps_matrix_products_and_full_does_them_again():
         with FlopCounterMode(display=False) as counter:
             step(**ways)
         return counter.get_total_flops()
+
     assert flops(recompute="selective") == flops()
     assert flops(loss_chunk=40) == flops() + 2 * 80 * 211 * 64  # the logits once more
     assert flops(recompute="full") > 1.1 * flops()
@@ -179,6 +190,7 @@ def test_a_padded_head_dimension_changes_nothing(masked):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attend(*inputs, mask, 0.0, multiple)
         return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+
     assert attention(8)[0].shape == q.shape
     for padded, plain in zip(attention(8), attention(1), strict=True):
         torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)

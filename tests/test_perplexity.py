@@ -12,13 +12,13 @@ from conftest import command, expect_error, expect_ok, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import data
-import tokenizer
+from corpus import tokenizer
+from corpus.manifest import read_manifest
 from eval.compare import blocks, bootstrap
 from eval.perplexity import evaluate, validation_windows, window_losses
-from manifest import read_manifest
 from model import GPT, GPTConfig
+from runtime import checkpoint
 
 T = 16
 
@@ -30,8 +30,11 @@ def random_tokens(n, seed):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Three domains, one of them in three shards (the last without a window) and one with a single window."""
-    tokens = {"arxiv": {"val": random_tokens(170, 1)}, "c4": {"val": random_tokens(20, 2)},
-              "github": {"val": random_tokens(68, 3)}}
+    tokens = {
+        "arxiv": {"val": random_tokens(170, 1)},
+        "c4": {"val": random_tokens(20, 2)},
+        "github": {"val": random_tokens(68, 3)},
+    }
     return write_shards(tmp_path_factory.mktemp("data"), tokens, shard_tokens=80)
 
 
@@ -43,8 +46,12 @@ def run(data_dir, tmp_path_factory):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     out = tmp_path_factory.mktemp("runs") / "run"
-    state = {"gpt": asdict(model.config), "identity": {"dtype": "float32"}, "data_dir": str(data_dir),
-             "tokenizer_sha256": tokenizer.load("bytes").sha256}
+    state = {
+        "gpt": asdict(model.config),
+        "identity": {"dtype": "float32"},
+        "data_dir": str(data_dir),
+        "tokenizer_sha256": tokenizer.load("bytes").sha256,
+    }
     checkpoint.save(out, 7, (model.state_dict(), {}), state, keep=1)
     return out
 
@@ -63,10 +70,14 @@ def reference(losses_of, folder, stride, block_size=T):
             scored, begin = [], 0
             while len(scored) < end:
                 begin = min(begin, end - block_size)
-                losses = losses_of(tokens[begin:begin + block_size], tokens[begin + 1:begin + block_size + 1])
-                scored += losses[len(scored) - begin:].tolist()
+                losses = losses_of(
+                    tokens[begin : begin + block_size], tokens[begin + 1 : begin + block_size + 1]
+                )
+                scored += losses[len(scored) - begin :].tolist()
                 begin += stride
-            windows.setdefault(domain, []).extend(np.reshape(scored, (-1, block_size)).mean(1).tolist())
+            windows.setdefault(domain, []).extend(
+                np.reshape(scored, (-1, block_size)).mean(1).tolist()
+            )
     return {domain: values for domain, values in windows.items() if values}
 
 
@@ -74,17 +85,25 @@ def float64_losses(logits_of):
     @torch.no_grad()
     def losses_of(x, y):
         return -torch.log_softmax(logits_of(x[None])[0], -1)[torch.arange(len(y)), y]
+
     return losses_of
 
 
 def check(result: Path, windows, folder):
-    record, saved = json.loads(result.read_text()), np.load(result.with_name(f"{result.stem}_windows.npz"))
+    record, saved = (
+        json.loads(result.read_text()),
+        np.load(result.with_name(f"{result.stem}_windows.npz")),
+    )
     info = read_manifest(folder)["domains"]
     assert list(saved) == list(record["domains"]) == list(windows)
     for domain, found in record["domains"].items():
         loss = np.mean(windows[domain])
-        tokens, n_bytes = (sum(shard[key] for shard in info[domain]["val"]) for key in ("tokens", "bytes"))
-        assert found["loss"] == pytest.approx(loss, abs=1e-6) and found["ppl"] == pytest.approx(math.exp(loss))
+        tokens, n_bytes = (
+            sum(shard[key] for shard in info[domain]["val"]) for key in ("tokens", "bytes")
+        )
+        assert found["loss"] == pytest.approx(loss, abs=1e-6) and found["ppl"] == pytest.approx(
+            math.exp(loss)
+        )
         assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) * tokens / n_bytes)
         assert found["tokens"] == len(windows[domain]) * record["block_size"]
         assert saved[domain].dtype == np.float32
@@ -102,7 +121,18 @@ def test_equals_a_float64_loop(run, data_dir, tmp_path, ranks, strides):
     for stride in strides:
         result = tmp_path / f"{stride}.json"
         flags = [] if stride == T else [f"--stride={stride}"]
-        expect_ok(command("eval/perplexity.py", "--run", run, "--to", result, "--batch_size=3", *flags, ranks=ranks))
+        expect_ok(
+            command(
+                "eval/perplexity.py",
+                "--run",
+                run,
+                "--to",
+                result,
+                "--batch_size=3",
+                *flags,
+                ranks=ranks,
+            )
+        )
         record = check(result, reference(float64_losses(model), data_dir, stride), data_dir)
         assert (record["step"], record["stride"], record["block_size"]) == (7, stride, T)
         hashes.append(record["val_hash"])
@@ -110,9 +140,15 @@ def test_equals_a_float64_loop(run, data_dir, tmp_path, ranks, strides):
 
 
 def test_shorter_windows_and_the_default_place(run, data_dir):
-    text = expect_ok(command("eval/perplexity.py", "--run", run / "checkpoints" / "step_00000007", "--block_size=8"))
+    text = expect_ok(
+        command(
+            "eval/perplexity.py", "--run", run / "checkpoints" / "step_00000007", "--block_size=8"
+        )
+    )
     model = checkpoint.load_model(checkpoint.find_latest(run)).double().eval()
-    record = check(run / "eval" / "perplexity.json", reference(float64_losses(model), data_dir, 8, 8), data_dir)
+    record = check(
+        run / "eval" / "perplexity.json", reference(float64_losses(model), data_dir, 8, 8), data_dir
+    )
     assert f"{record['domains']['arxiv']['bits_per_byte']:.4f}" in text and "95 % interval" in text
 
 
@@ -124,20 +160,31 @@ class Told(torch.nn.Module):
         self.what, self.none = what, torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x, y):
-        return y.float() if self.what == "target" else torch.arange(1.0, y.size(1) + 1).expand(y.shape)
+        return (
+            y.float() if self.what == "target" else torch.arange(1.0, y.size(1) + 1).expand(y.shape)
+        )
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(2, 9), st.integers(1, 9), st.integers(1, 7), st.lists(st.integers(1, 90), min_size=1, max_size=3),
-       st.integers(10, 40))
-def test_every_stride_scores_the_same_targets_once(tmp_path_factory, block_size, stride, batch, lengths, shard_tokens):
+@given(
+    st.integers(2, 9),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.integers(10, 40),
+)
+def test_every_stride_scores_the_same_targets_once(
+    tmp_path_factory, block_size, stride, batch, lengths, shard_tokens
+):
     tokens = {d: {"val": random_tokens(n, n)} for d, n in zip(data.DOMAINS, lengths, strict=False)}
     split = open_split(write_shards(tmp_path_factory.mktemp("d"), tokens, shard_tokens), block_size)
     if not split.n_windows.sum():
         return
     pairs = validation_windows(split, None)
     expected = [split.window(*pair)[1:].mean() for pair in pairs]
-    got = window_losses(Told("target"), split, pairs, batch, "float32", stride=min(stride, block_size))
+    got = window_losses(
+        Told("target"), split, pairs, batch, "float32", stride=min(stride, block_size)
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -156,11 +203,19 @@ def test_the_record_of_training(data_dir):
     few, model = validation_windows(split, 2), Told("target").train()
     record = evaluate(model, split, few, 4, "float32")
     assert set(record) == {"domains", "mean_loss", "worst_domain", "val_hash"} and model.training
-    assert {key for d in record["domains"].values() for key in d} == {"loss", "ppl", "tokens", "bits_per_byte"}
+    assert {key for d in record["domains"].values() for key in d} == {
+        "loss",
+        "ppl",
+        "tokens",
+        "bits_per_byte",
+    }
     expected = np.mean([split.window(0, i)[1:].mean() for i in few[few[:, 0] == 0, 1]])
     assert record["domains"]["arxiv"]["loss"] == pytest.approx(expected)
     assert record["domains"]["arxiv"]["tokens"] == 2 * T
-    assert record["val_hash"] != evaluate(model, split, validation_windows(split, None), 4, "float32")["val_hash"]
+    assert (
+        record["val_hash"]
+        != evaluate(model, split, validation_windows(split, None), 4, "float32")["val_hash"]
+    )
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
@@ -171,7 +226,9 @@ def test_bootstrap_agrees_with_the_normal_interval():
     for (low, high), values, error in zip(found, windows.values(), errors, strict=False):
         assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.2 * error)
         assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
-    assert found[3, 1] - found[3, 0] == pytest.approx(2 * 1.96 * np.linalg.norm(errors) / 3, rel=0.2)
+    assert found[3, 1] - found[3, 0] == pytest.approx(
+        2 * 1.96 * np.linalg.norm(errors) / 3, rel=0.2
+    )
     assert np.array_equal(found, bootstrap(windows))
 
 
@@ -188,8 +245,10 @@ def test_intervals_hold_for_neighbours_that_are_alike():
 def test_blocks_hold_every_window_once():
     for n in (1, 2, 3, 17, 1000):
         sums, counts = blocks(np.arange(n))
-        assert sums.sum() == n * (n - 1) / 2 and counts.sum() == n and counts.max() - counts.min() <= 1
-        assert len(sums) == max(min(2, n), int(n ** 0.5))
+        assert (
+            sums.sum() == n * (n - 1) / 2 and counts.sum() == n and counts.max() - counts.min() <= 1
+        )
+        assert len(sums) == max(min(2, n), int(n**0.5))
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +256,15 @@ def hf(tmp_path_factory):
     """A local GPT-2 over bytes, 24 tokens of context, without tokenizer files."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    config = transformers.GPT2Config(vocab_size=257, n_positions=24, n_embd=32, n_layer=2, n_head=2,
-                                     bos_token_id=256, eos_token_id=256)
+    config = transformers.GPT2Config(
+        vocab_size=257,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -212,7 +278,9 @@ def test_a_hugging_face_gpt2(hf, data_dir, tmp_path):
     result = tmp_path / "new" / "gpt2.json"
     losses_of = float64_losses(lambda x: theirs(x).logits)
     for flags, block_size, stride in (([], 24, 24), (["--block_size=16", "--stride=4"], 16, 4)):
-        done = command("eval/perplexity.py", "--hf", folder, "--data_dir", data_dir, "--to", result, *flags)
+        done = command(
+            "eval/perplexity.py", "--hf", folder, "--data_dir", data_dir, "--to", result, *flags
+        )
         expect_ok(done)
         assert ("c4" in done.stderr) == (block_size == 24)  # 20 tokens: too few for a window of 24
         record = check(result, reference(losses_of, data_dir, stride, block_size), data_dir)
@@ -227,16 +295,22 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
 
     import transformers
     from tokenizers import Tokenizer, models
+
     ask = ("eval/perplexity.py", "--data_dir", data_dir, "--hf")
     folder = shutil.copytree(hf[1], tmp_path / "other")
-    vocab = {chr(0x4e00 + i): i for i in range(257)}
+    vocab = {chr(0x4E00 + i): i for i in range(257)}
     own = Tokenizer(models.WordLevel({**vocab, "[UNK]": 257}, unk_token="[UNK]"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(
+        folder
+    )
     expect_error(command(*ask, folder), "none of gpt2, bytes")
-    (folder / "config.json").write_text((hf[1] / "config.json").read_text().replace('"gpt2"', '"llama"'))
+    (folder / "config.json").write_text(
+        (hf[1] / "config.json").read_text().replace('"gpt2"', '"llama"')
+    )
     expect_error(command(*ask, folder), "type llama", "gpt2")
-    large = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50257, n_positions=8, n_embd=4, n_layer=1,
-                                                                 n_head=1))
+    large = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50257, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    )
     large.save_pretrained(tmp_path / "large")
     expect_error(command(*ask, tmp_path / "large"), "tokenizer bytes", "the model gpt2")
     (tmp_path / "large" / "model.safetensors").write_bytes(b"cut")
@@ -246,18 +320,29 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
 
 
 def test_the_benchmark_prints_a_ratio(data_dir):
-    ask = ("scripts/bench_eval.py", "--data_dir", data_dir, "--block_size=8", "--batch_size=2")
+    flags = ("--data_dir", data_dir, "--block_size=8", "--batch_size=2")
+    ask = ("scripts/bench.py", "eval", *flags)
     text = expect_ok(command(*ask, "--rounds=2"))
     assert 0.1 < float(text.split("perplexity / bare forward: ")[1].split()[0]) < 10
     expect_error(command(*ask, "--rounds=0"), "--rounds")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--stride=17"], ["--stride 17", "16"]), (["--stride=0"], ["--stride 0"]), (["--stride=x"], ["--stride", "'x'"]),
-    (["--block_size=17"], ["--block_size 17", "16"]), (["--batch_size=-1"], ["--batch_size -1"]),
-    (["--dtype=half"], ["--dtype", "float32"]), (["--hf=gpt2"], ["--hf", "--run"]), (["--strid=4"], ["'--stride'"]),
-    (["--data_dir=none"], ["'none' not found"]), (["--to=tests"], ["tests", "folder"]),
-    (["--to=README.md/x.json"], ["README.md"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--stride=17"], ["--stride 17", "16"]),
+        (["--stride=0"], ["--stride 0"]),
+        (["--stride=x"], ["--stride", "'x'"]),
+        (["--block_size=17"], ["--block_size 17", "16"]),
+        (["--batch_size=-1"], ["--batch_size -1"]),
+        (["--dtype=half"], ["--dtype", "float32"]),
+        (["--hf=gpt2"], ["--hf", "--run"]),
+        (["--strid=4"], ["'--stride'"]),
+        (["--data_dir=none"], ["'none' not found"]),
+        (["--to=tests"], ["tests", "folder"]),
+        (["--to=README.md/x.json"], ["README.md"]),
+    ],
+)
 def test_wrong_flags(run, flags, words):
     expect_error(command("eval/perplexity.py", "--run", run, *flags), *words)
 
@@ -266,11 +351,18 @@ def test_wrong_runs(run, data_dir, tmp_path):
     expect_error(command("eval/perplexity.py"), "--run", "--hf")
     expect_error(command("eval/perplexity.py", "--run", tmp_path), "no checkpoint")
     short = write_shards(tmp_path / "short", {"c4": {"val": np.arange(T)}})
-    expect_error(command("eval/perplexity.py", "--run", run, "--data_dir", short), "no window", "--block_size")
+    expect_error(
+        command("eval/perplexity.py", "--run", run, "--data_dir", short),
+        "no window",
+        "--block_size",
+    )
     state = checkpoint.find_latest(run) / "state.json"
     before = state.read_text()
-    for text, words in (("{", ["cannot be read"]), ('{"step": 7}', ["no gpt", "another version"]),
-                        (before.replace(tokenizer.load("bytes").sha256, "0"), ["none of gpt2, bytes"])):
+    for text, words in (
+        ("{", ["cannot be read"]),
+        ('{"step": 7}', ["no gpt", "another version"]),
+        (before.replace(tokenizer.load("bytes").sha256, "0"), ["none of gpt2, bytes"]),
+    ):
         state.write_text(text)
         expect_error(command("eval/perplexity.py", "--run", run), *words)
     state.write_text(before)

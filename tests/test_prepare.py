@@ -10,11 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
 
-import tokenizer
-from manifest import DOMAINS, read_manifest
+from corpus import tokenizer
+from corpus.manifest import DOMAINS, read_manifest
 
-TEXTS = {"RedPajamaC4": ["Buy now.", "Grüße, <|endoftext|> and more"], "RedPajamaGithub": ["def f():\n    return 1\n"]}
-RECORDS = [{"text": t, "meta": {"redpajama_set_name": name}} for name, texts in TEXTS.items() for t in texts]
+TEXTS = {
+    "RedPajamaC4": ["Buy now.", "Grüße, <|endoftext|> and more"],
+    "RedPajamaGithub": ["def f():\n    return 1\n"],
+}
+RECORDS = [
+    {"text": t, "meta": {"redpajama_set_name": name}}
+    for name, texts in TEXTS.items()
+    for t in texts
+]
 
 
 def write(path, records=RECORDS):
@@ -24,13 +31,19 @@ def write(path, records=RECORDS):
         pq.write_table(pa.Table.from_pylist(records), path, row_group_size=2)
     else:
         if path.suffix != ".jsonl":
-            raw = gzip.compress(raw) if path.suffix == ".gz" else pa.compress(raw, "zstd", asbytes=True)
+            raw = (
+                gzip.compress(raw)
+                if path.suffix == ".gz"
+                else pa.compress(raw, "zstd", asbytes=True)
+            )
         path.write_bytes(raw)
     return path
 
 
 def prepare(out, *args, kind="bytes", source="files"):
-    return command("prepare_slimpajama.py", "--source", source, "--tokenizer", kind, "--out", out, *args)
+    return command(
+        "prepare_slimpajama.py", "--source", source, "--tokenizer", kind, "--out", out, *args
+    )
 
 
 def tokens(out, domain, split):
@@ -46,7 +59,9 @@ def test_every_format_gives_the_documents_tokens(tmp_path, suffix, kind):
     expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in", kind=kind))
     t = tokenizer.load(kind)
     for name, domain in (("RedPajamaC4", "c4"), ("RedPajamaGithub", "github")):
-        expected = [i for text in TEXTS[name] for i in [*t.encode_to_numpy(text).tolist(), t.eot_token]]
+        expected = [
+            i for text in TEXTS[name] for i in [*t.encode_to_numpy(text).tolist(), t.eot_token]
+        ]
         for split in ("train", "val"):
             found = tokens(tmp_path / "out", domain, split)
             assert found.dtype == np.uint16 and found.tolist() == expected
@@ -55,9 +70,14 @@ def test_every_format_gives_the_documents_tokens(tmp_path, suffix, kind):
 
 def test_manifest_tells_the_truth(tmp_path):
     import hashlib
+
     write(tmp_path / "train.jsonl"), write(tmp_path / "val.jsonl")
     out = tmp_path / "out"
-    expect_ok(prepare(out, "--input", tmp_path / "train.jsonl", tmp_path / "val.jsonl", "--shard_tokens", 20))
+    expect_ok(
+        prepare(
+            out, "--input", tmp_path / "train.jsonl", tmp_path / "val.jsonl", "--shard_tokens", 20
+        )
+    )
     manifest = read_manifest(out)
     assert manifest["tokenizer"]["name"] == "bytes" and manifest["dtype"] == "uint16"
     for domain, name in (("c4", "RedPajamaC4"), ("github", "RedPajamaGithub")):
@@ -66,12 +86,18 @@ def test_manifest_tells_the_truth(tmp_path):
         assert sum(s["bytes"] for s in shards) == sum(len(t.encode()) for t in TEXTS[name])
         for s in shards:
             content = (out / s["file"]).read_bytes()
-            assert (len(content), hashlib.sha256(content).hexdigest()) == (s["file_bytes"], s["sha256"])
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (
+                s["file_bytes"],
+                s["sha256"],
+            )
             assert len(np.load(out / s["file"])) == s["tokens"] <= 20
 
 
 def test_split_by_hash_where_names_tell_none(tmp_path):
-    records = [{"text": f"document {i}", "meta": {"redpajama_set_name": "RedPajamaBook"}} for i in range(2000)]
+    records = [
+        {"text": f"document {i}", "meta": {"redpajama_set_name": "RedPajamaBook"}}
+        for i in range(2000)
+    ]
     write(tmp_path / "corpus.jsonl", records)
     expect_ok(prepare(tmp_path / "a", "--input", tmp_path / "corpus.jsonl"))
     splits = read_manifest(tmp_path / "a")["domains"]["book"]
@@ -82,8 +108,14 @@ def test_split_by_hash_where_names_tell_none(tmp_path):
 def test_test_split_takes_the_place_of_validation_when_asked(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "in" / f"{split}-00000-of-00001.parquet")
-    expect_error(prepare(tmp_path / "out", "--input", tmp_path / "in"), "no file of split validation", "--split")
-    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in", "--split", "train=train,val=test"))
+    expect_error(
+        prepare(tmp_path / "out", "--input", tmp_path / "in"),
+        "no file of split validation",
+        "--split",
+    )
+    expect_ok(
+        prepare(tmp_path / "out", "--input", tmp_path / "in", "--split", "train=train,val=test")
+    )
     assert set(read_manifest(tmp_path / "out")["domains"]["c4"]) == {"train", "val"}
 
 
@@ -93,12 +125,19 @@ def test_splits_of_globs_and_folders_count(tmp_path):
         for part in ("a", "b"):
             write(tmp_path / "in" / split / part / "0.jsonl")
     expect_ok(prepare(tmp_path / "whole", "--input", tmp_path / "in"))
-    for i, inputs in enumerate(([f"{tmp_path}/in/train/*/*.jsonl", f"{tmp_path}/in/validation/*/*.jsonl"],
-                                [tmp_path / "in" / s / p for s in ("train", "validation") for p in "ab"],
-                                [tmp_path / "in", tmp_path / "in" / "train" / "a"])):
+    for i, inputs in enumerate(
+        (
+            [f"{tmp_path}/in/train/*/*.jsonl", f"{tmp_path}/in/validation/*/*.jsonl"],
+            [tmp_path / "in" / s / p for s in ("train", "validation") for p in "ab"],
+            [tmp_path / "in", tmp_path / "in" / "train" / "a"],
+        )
+    ):
         text = expect_ok(prepare(tmp_path / str(i), "--input", *inputs))
         assert "by a hash" not in text
-        assert read_manifest(tmp_path / str(i))["domains"] == read_manifest(tmp_path / "whole")["domains"]
+        assert (
+            read_manifest(tmp_path / str(i))["domains"]
+            == read_manifest(tmp_path / "whole")["domains"]
+        )
 
 
 def test_links_count_by_their_own_names(tmp_path):
@@ -128,7 +167,9 @@ def test_other_files_in_out_are_left_alone(tmp_path):
     leftover.touch()
     expect_error(prepare(tmp_path / "out", "--input", "/nope"), "/nope")
     assert mine.exists() and leftover.exists()
-    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "train.jsonl", "--split", "train=train"))
+    expect_ok(
+        prepare(tmp_path / "out", "--input", tmp_path / "train.jsonl", "--split", "train=train")
+    )
     assert mine.exists() and not leftover.exists()
 
 
@@ -141,22 +182,37 @@ def test_hub_layout_equals_files(tmp_path):
     for split in ("train", "validation", "test"):
         write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
     expect_ok(prepare(tmp_path / "a", "--dataset", tmp_path / "hub", source="hub"))
-    expect_ok(prepare(tmp_path / "b", "--input", tmp_path / "hub", "--split", "train=train,val=test"))
+    expect_ok(
+        prepare(tmp_path / "b", "--input", tmp_path / "hub", "--split", "train=train,val=test")
+    )
     a, b = (read_manifest(tmp_path / x) for x in "ab")
     assert a["domains"] == b["domains"]
 
 
 def test_unreachable_hub(tmp_path):
-    expect_error(prepare(tmp_path / "a", source="hub"), "DKYoon/SlimPajama-6B", "--source files --input")
+    expect_error(
+        prepare(tmp_path / "a", source="hub"), "DKYoon/SlimPajama-6B", "--source files --input"
+    )
 
 
 def test_counts_of_real_text(real_text, tmp_path):
     """The token counts that were published with the corpus (without end-of-text)."""
-    expect_ok(prepare(tmp_path, "--input", real_text / "validation", "--split", "val=validation", kind="gpt2"))
+    expect_ok(
+        prepare(
+            tmp_path, "--input", real_text / "validation", "--split", "val=validation", kind="gpt2"
+        )
+    )
     domains = read_manifest(tmp_path)["domains"]
     found = {d: sum(s["tokens"] - s["documents"] for s in domains[d]["val"]) for d in domains}
-    assert found == {"arxiv": 360_964, "book": 145_147, "cc": 199_353, "c4": 62_047, "github": 199_532,
-                     "stackexchange": 62_681, "wikipedia": 152_091}
+    assert found == {
+        "arxiv": 360_964,
+        "book": 145_147,
+        "cc": 199_353,
+        "c4": 62_047,
+        "github": 199_532,
+        "stackexchange": 62_681,
+        "wikipedia": 152_091,
+    }
 
 
 def test_a_second_start(tmp_path):
@@ -183,7 +239,11 @@ def broken(case, folder):
         return ("--input", folder), ("train.jsonl, line 4", "broken JSON")
     if case == "domain":
         write(good, [*RECORDS, {"text": "x", "meta": {"redpajama_set_name": "RedPajamaWiki"}}])
-        return ("--input", folder), ("train.jsonl, line 4", "'RedPajamaWiki'", "did you mean 'RedPajamaWikipedia'")
+        return ("--input", folder), (
+            "train.jsonl, line 4",
+            "'RedPajamaWiki'",
+            "did you mean 'RedPajamaWikipedia'",
+        )
     if case == "no meta":
         write(good, [{"text": "x"}])
         return ("--input", folder), ("train.jsonl, line 1", "redpajama_set_name None")
@@ -212,16 +272,43 @@ def broken(case, folder):
         "no such input": (("--input", folder / "absent"), ("absent", "no such file")),
         "empty folder": (("--input", ROOT / "config"), ("config", "no .jsonl")),
         "no input": ((), ("--source files needs --input",)),
-        "same split twice": (("--input", folder, "--split", "train=train,val=train"), ("two different splits",)),
-        "split": (("--input", folder, "--split", "validation"), ("--split validation", "train=NAME,val=NAME")),
+        "same split twice": (
+            ("--input", folder, "--split", "train=train,val=train"),
+            ("two different splits",),
+        ),
+        "split": (
+            ("--input", folder, "--split", "validation"),
+            ("--split validation", "train=NAME,val=NAME"),
+        ),
         "shard size": (("--input", folder, "--shard_tokens", "0"), ("--shard_tokens 0",)),
-        "flag": (("--input", folder, "--tokeniser", "gpt2"), ("--tokeniser", "did you mean '--tokenizer'")),
+        "flag": (
+            ("--input", folder, "--tokeniser", "gpt2"),
+            ("--tokeniser", "did you mean '--tokenizer'"),
+        ),
     }[case]
 
 
-@pytest.mark.parametrize("case", [
-    "json", "deep json", "domain", "domain is a list", "no meta", "no text", "zstd", "gzip", "parquet", "no such input",
-    "empty folder", "no input", "split", "same split twice", "shard size", "flag"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "json",
+        "deep json",
+        "domain",
+        "domain is a list",
+        "no meta",
+        "no text",
+        "zstd",
+        "gzip",
+        "parquet",
+        "no such input",
+        "empty folder",
+        "no input",
+        "split",
+        "same split twice",
+        "shard size",
+        "flag",
+    ],
+)
 def test_wrong_input(case, tmp_path):
     args, words = broken(case, tmp_path / "in")
     expect_error(prepare(tmp_path / "out", *args), *words)
@@ -230,7 +317,9 @@ def test_wrong_input(case, tmp_path):
 
 def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
     out = tmp_path / "again"
-    expect_ok(command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out))
+    expect_ok(
+        command("prepare_slimpajama.py", "--source", "sample", "--tokenizer", "bytes", "--out", out)
+    )
     assert read_manifest(out) == read_manifest(sample_data)
     manifest = read_manifest(out)
     assert tuple(manifest["domains"]) == DOMAINS and "synthetic" in manifest["source"]["note"]
@@ -239,7 +328,10 @@ def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
 
 def test_help_lists_every_flag():
     text = expect_ok(command("prepare_slimpajama.py", "--help", process=True))
-    assert all(flag in text for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer"))
+    assert all(
+        flag in text
+        for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer")
+    )
 
 
 def test_out_that_is_no_folder_or_damaged(tmp_path):

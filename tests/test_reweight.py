@@ -20,13 +20,19 @@ from reweight import (
 
 STRATEGY_NAMES = list(STRATEGIES)
 # Written again from the paper's table, without the code under test. A new strategy is compared once it is here.
-FORMULAS = {"uniform": None, "linupper": lambda h, delta: min(h + delta, delta),
-            "quadratic": lambda h, delta: 1 - h**2 / delta**2, "extremes": lambda h, delta: abs(h),
-            "upper": lambda h, delta: (h + delta) / 2}
+FORMULAS = {
+    "uniform": None,
+    "linupper": lambda h, delta: min(h + delta, delta),
+    "quadratic": lambda h, delta: 1 - h**2 / delta**2,
+    "extremes": lambda h, delta: abs(h),
+    "upper": lambda h, delta: (h + delta) / 2,
+}
 SIZES = (1, 2, 3, 7, 32, 48, 512, 4096)
 
 
-def reference(losses: np.ndarray, strategy: str, r: float, delta: float = 1.0, cap: float = 0.0) -> np.ndarray:
+def reference(
+    losses: np.ndarray, strategy: str, r: float, delta: float = 1.0, cap: float = 0.0
+) -> np.ndarray:
     """The formulas sample by sample in float64, written without the code under test.
 
     cap: of the weights times N, by moving the surplus of capped samples to the others until none is above.
@@ -51,9 +57,14 @@ def reference(losses: np.ndarray, strategy: str, r: float, delta: float = 1.0, c
 def loss_vectors(n: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(n)
     return {
-        "usual": rng.normal(3, 0.5, n), "equal": np.full(n, 2.7), "nearly equal": 2.7 + rng.normal(0, 1e-6, n),
-        "close": 10 + rng.normal(0, 1e-3, n), "huge": rng.uniform(0, 1, n) * 1e30, "tiny": rng.uniform(0, 1, n) * 1e-8,
-        "outlier": np.append(rng.normal(3, 0.1, n - 1), 1e4), "tied": rng.integers(0, 3, n).astype(float),
+        "usual": rng.normal(3, 0.5, n),
+        "equal": np.full(n, 2.7),
+        "nearly equal": 2.7 + rng.normal(0, 1e-6, n),
+        "close": 10 + rng.normal(0, 1e-3, n),
+        "huge": rng.uniform(0, 1, n) * 1e30,
+        "tiny": rng.uniform(0, 1, n) * 1e-8,
+        "outlier": np.append(rng.normal(3, 0.1, n - 1), 1e4),
+        "tied": rng.integers(0, 3, n).astype(float),
     }
 
 
@@ -70,13 +81,21 @@ def test_weights_equal_the_formulas_in_float64(strategy, n):
             assert abs(got.double().sum().item() - 1) < 1e-5
 
 
-@pytest.mark.parametrize("strategy, expected", [  # losses 1, 2, 3 -> h = -1, 0, 1
-    ("uniform", [1, 1, 1]), ("linupper", [1, math.e, math.e]), ("quadratic", [1, math.e, 1]),
-    ("extremes", [math.e, 1, math.e]), ("upper", [1, math.exp(0.5), math.e]),
-])
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [  # losses 1, 2, 3 -> h = -1, 0, 1
+        ("uniform", [1, 1, 1]),
+        ("linupper", [1, math.e, math.e]),
+        ("quadratic", [1, math.e, 1]),
+        ("extremes", [math.e, 1, math.e]),
+        ("upper", [1, math.exp(0.5), math.e]),
+    ],
+)
 def test_worked_by_hand(strategy, expected):
     expected = torch.tensor(expected) / sum(expected)
-    torch.testing.assert_close(sample_weights(torch.tensor([1.0, 2.0, 3.0]), strategy, r=1.0), expected)
+    torch.testing.assert_close(
+        sample_weights(torch.tensor([1.0, 2.0, 3.0]), strategy, r=1.0), expected
+    )
 
 
 def test_delta_bounds_the_normalised_losses():
@@ -99,7 +118,11 @@ def test_uniform_gradient_is_the_plain_means_bit_for_bit():
         for weighted in (True, False):
             p = theta.clone().requires_grad_()
             losses = torch.nn.functional.softplus(x @ p)
-            total = (sample_weights(losses, "uniform", 0.4) * losses).sum() if weighted else losses.mean()
+            total = (
+                (sample_weights(losses, "uniform", 0.4) * losses).sum()
+                if weighted
+                else losses.mean()
+            )
             total.backward()
             gradients.append(p.grad)
         assert torch.equal(*gradients)
@@ -112,12 +135,21 @@ def test_weights_carry_no_gradient(strategy):
 
 
 losses_of_a_batch = st.lists(st.floats(0, 20, width=32), min_size=2, max_size=40).map(torch.tensor)
-strategies, temperatures = st.sampled_from(STRATEGY_NAMES), st.sampled_from([0.05, 0.1, 0.4, 1.0, 10.0])
+strategies, temperatures = (
+    st.sampled_from(STRATEGY_NAMES),
+    st.sampled_from([0.05, 0.1, 0.4, 1.0, 10.0]),
+)
 properties = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @properties
-@given(losses_of_a_batch, strategies, temperatures, st.sampled_from(list(NORMS)), st.sampled_from([0.0, 1.0, 1.5, 5.0]))
+@given(
+    losses_of_a_batch,
+    strategies,
+    temperatures,
+    st.sampled_from(list(NORMS)),
+    st.sampled_from([0.0, 1.0, 1.5, 5.0]),
+)
 def test_weights_are_positive_bounded_and_sum_to_one(losses, strategy, r, norm, max_weight):
     w = sample_weights(losses, strategy, r, norm=norm, max_weight=max_weight)
     assert (w > 0).all() and w.sum().item() == pytest.approx(1, abs=1e-5)
@@ -133,26 +165,40 @@ def test_shifting_and_scaling_all_losses_changes_nothing(losses, strategy, r, sh
         losses[0] += 1.0
     moved = sample_weights(losses * scale + shift, strategy, r)
     # float32 keeps 24 bits of a loss of up to 205; h is off by that, and 1 / r magnifies it
-    torch.testing.assert_close(moved, sample_weights(losses, strategy, r), atol=1e-5 / r, rtol=1e-4 / r)
+    torch.testing.assert_close(
+        moved, sample_weights(losses, strategy, r), atol=1e-5 / r, rtol=1e-4 / r
+    )
 
 
 @properties
-@given(losses_of_a_batch, strategies, temperatures, st.sampled_from(list(NORMS)), st.randoms(use_true_random=False))
+@given(
+    losses_of_a_batch,
+    strategies,
+    temperatures,
+    st.sampled_from(list(NORMS)),
+    st.randoms(use_true_random=False),
+)
 def test_permuting_the_batch_permutes_the_weights(losses, strategy, r, norm, rng):
     """So no weight depends on the rank that holds the sample: ranks only order the batch."""
     order = torch.tensor(rng.sample(range(len(losses)), len(losses)))
     expected = sample_weights(losses, strategy, r, norm=norm)[order]
-    torch.testing.assert_close(sample_weights(losses[order], strategy, r, norm=norm), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        sample_weights(losses[order], strategy, r, norm=norm), expected, atol=1e-6, rtol=1e-5
+    )
 
 
 @properties
 @given(losses_of_a_batch, strategies)
 def test_temperature(losses, strategy):
     """Larger r: larger effective sample size, up to the plain mean."""
-    weights = [sample_weights(losses, strategy, r).double() for r in (0.05, 0.1, 0.4, 1.0, 10.0, 1e6)]
+    weights = [
+        sample_weights(losses, strategy, r).double() for r in (0.05, 0.1, 0.4, 1.0, 10.0, 1e6)
+    ]
     ess = [1 / (w**2).sum().item() for w in weights]
     assert all(a <= b + 1e-4 for a, b in zip(ess, ess[1:], strict=False))
-    torch.testing.assert_close(weights[-1], torch.full_like(weights[-1], 1 / len(losses)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        weights[-1], torch.full_like(weights[-1], 1 / len(losses)), atol=1e-6, rtol=0
+    )
 
 
 @properties
@@ -161,15 +207,22 @@ def test_capped_weights_are_the_best_ones_under_the_cap(losses, cap):
     """min(cap, scale * w) with one scale for all: what the optimum of the capped problem looks like."""
     free = sample_weights(losses, "upper", 0.1)
     capped = sample_weights(losses, "upper", 0.1, max_weight=cap)
-    np.testing.assert_allclose(capped.numpy(), reference(losses.numpy(), "upper", 0.1, cap=cap), atol=1e-5)
+    np.testing.assert_allclose(
+        capped.numpy(), reference(losses.numpy(), "upper", 0.1, cap=cap), atol=1e-5
+    )
     below = capped < cap / len(losses) * (1 - 1e-5)
     if below.any():
         ratio = (capped / free)[below]
-        assert ratio.max().item() == pytest.approx(ratio.min().item(), rel=1e-4) and ratio.min() >= 1 - 1e-5
+        assert (
+            ratio.max().item() == pytest.approx(ratio.min().item(), rel=1e-4)
+            and ratio.min() >= 1 - 1e-5
+        )
 
 
 def test_a_cap_can_feed_weights_of_zero():
-    torch.testing.assert_close(cap_weights(torch.tensor([1.0, 0.0, 0.0]), 0.5), torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(
+        cap_weights(torch.tensor([1.0, 0.0, 0.0]), 0.5), torch.tensor([0.5, 0.25, 0.25])
+    )
 
 
 @pytest.mark.parametrize("n", [4, 8, 16, 31])
@@ -182,28 +235,41 @@ def test_one_corrupt_sample(n):
     with_corrupt = torch.cat([losses, torch.tensor([60.0])])
     spread, full = {}, pytest.approx(math.exp(1 / 0.4), rel=1e-4)
     for norm in ("minmax", "quantile"):
-        clean, corrupt = (sample_weights(x, "linupper", 0.4, norm=norm)[:n] for x in (losses, with_corrupt))
+        clean, corrupt = (
+            sample_weights(x, "linupper", 0.4, norm=norm)[:n] for x in (losses, with_corrupt)
+        )
         spread[norm] = [(w.max() / w.min()).item() for w in (clean, corrupt)]
     assert spread["minmax"][0] == full and spread["minmax"][1] < 1.1
     assert spread["quantile"] == [full, full]
-    weights = {norm: sample_weights(with_corrupt, "upper", 0.4, norm=norm) for norm in ("minmax", "quantile")}
+    weights = {
+        norm: sample_weights(with_corrupt, "upper", 0.4, norm=norm)
+        for norm in ("minmax", "quantile")
+    }
     assert weights["minmax"][n] > 8 * weights["minmax"][:n].max()
     assert weights["quantile"][n] == weights["quantile"][:n].max()
 
 
 def test_quantile_norm_by_hand():
     """A tenth of the samples is clipped at each end; of fewer than four, none."""
-    h = normalize_losses(torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0]), norm="quantile")
+    h = normalize_losses(
+        torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0]), norm="quantile"
+    )
     assert h.tolist() == pytest.approx([1, -1, -5 / 7, -3 / 7, -1 / 7, 1 / 7, 3 / 7, 5 / 7, 1, -1])
     for few in ([2.0], [1.0, 5.0], [1.0, 2.0, 5.0]):
-        assert torch.equal(*(normalize_losses(torch.tensor(few), norm=norm) for norm in ("quantile", "minmax")))
+        assert torch.equal(
+            *(normalize_losses(torch.tensor(few), norm=norm) for norm in ("quantile", "minmax"))
+        )
 
 
 def test_domain_means_are_debiased_running_means():
     state = torch.zeros(2, 3)
     state = track_domain_losses(state, torch.tensor([2.0, 4.0, 8.0]), torch.tensor([0, 0, 2]))
     assert domain_means(torch.zeros(2, 3)).tolist() == [0.0] * 3
-    assert domain_means(state).tolist() == [3.0, pytest.approx(14 / 3), 8.0]  # the unseen one: the mean of all
+    assert domain_means(state).tolist() == [
+        3.0,
+        pytest.approx(14 / 3),
+        8.0,
+    ]  # the unseen one: the mean of all
     state = track_domain_losses(state, torch.tensor([6.0]), torch.tensor([0]))
     expected = (0.95 * 6 + 6) / (0.95 * 2 + 1)
     assert domain_means(state)[[0, 2]].tolist() == pytest.approx([expected, 8.0])

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-import sample_corpus
-from manifest import SET_NAMES
+from corpus import sample as sample_corpus
+from corpus.manifest import SET_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,23 @@ def test_is_the_same_everywhere(records):
 
 
 def test_schema_and_size(records):
-    assert all(isinstance(r["text"], str) and r["meta"]["redpajama_set_name"] in SET_NAMES for _, r in records)
+    assert all(
+        isinstance(r["text"], str) and r["meta"]["redpajama_set_name"] in SET_NAMES
+        for _, r in records
+    )
     assert 3e6 < sum(len(r["text"].encode()) for _, r in records) < 8e6
     assert {r["meta"]["redpajama_set_name"] for _, r in records[:7]} == set(SET_NAMES)
 
 
 def test_kinds_come_in_their_shares(records):
-    count = Counter((r["meta"]["redpajama_set_name"], split, r["meta"]["kind"]) for split, r in records)
+    count = Counter(
+        (r["meta"]["redpajama_set_name"], split, r["meta"]["kind"]) for split, r in records
+    )
     for domain in SET_NAMES:
         for split, n in (("train", 540), ("validation", 60)):
-            assert {kind: count[domain, split, kind] / n for kind in sample_corpus.KINDS} == sample_corpus.KINDS
+            assert {
+                kind: count[domain, split, kind] / n for kind in sample_corpus.KINDS
+            } == sample_corpus.KINDS
 
 
 def test_redundant_documents_repeat_and_noise_does_not_read(records):
@@ -45,9 +52,17 @@ def test_redundant_documents_repeat_and_noise_does_not_read(records):
         if r["meta"]["redpajama_set_name"] == "RedPajamaWikipedia":
             texts[r["meta"]["kind"]].append(r["text"])
 
-    def repeated(kind):  # share of a document's word triples that stand in another document of the kind
-        triples = [{tuple(w[i:i + 3]) for i in range(len(w) - 2)} for w in (t.split() for t in texts[kind][:40])]
-        return sum(max(len(a & b) for b in triples if b is not a) / len(a) for a in triples) / len(triples)
+    def repeated(
+        kind,
+    ):  # share of a document's word triples that stand in another document of the kind
+        triples = [
+            {tuple(w[i : i + 3]) for i in range(len(w) - 2)}
+            for w in (t.split() for t in texts[kind][:40])
+        ]
+        return sum(max(len(a & b) for b in triples if b is not a) / len(a) for a in triples) / len(
+            triples
+        )
+
     assert repeated("redundant") > 0.8 > 0.5 > repeated("ordinary") > repeated("noise")
 
 
@@ -61,4 +76,6 @@ def test_domains_differ(records):
         assert 2.5 < entropy(text[a]) < 4.0
         for b in vocabularies:
             if a < b:
-                assert len(vocabularies[a] & vocabularies[b]) < 0.35 * min(len(vocabularies[a]), len(vocabularies[b]))
+                assert len(vocabularies[a] & vocabularies[b]) < 0.35 * min(
+                    len(vocabularies[a]), len(vocabularies[b])
+                )

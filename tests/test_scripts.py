@@ -1,7 +1,8 @@
-"""The study and the shell scripts: what they compute, on numbers worked by hand, and that they run."""
+"""The study and the shell scripts: what they compute, on numbers worked by hand; that they run."""
 
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,33 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
 
+from cli import parse
+from model import SIZES
+from recipe import TrainConfig, settle
+from reweight import STRATEGIES
 from scripts.study_regime import BASE, VARIED, figure, final_loss, table, weights_of
 
 
 def records(point, loss, gain):
     """Two reweighted log lines, one of the uniform steps before, and a last evaluation."""
     weight = {"arxiv": 0.5 + gain, "c4": 0.5 - gain}
-    line = {"kind": "train", "weight_by_domain": weight, "samples_by_domain": {"arxiv": 0.5, "c4": 0.5}}
-    before = {"ess": 1.0, "entropy": math.log(point.G), "weight_by_domain": {"arxiv": 0.9, "c4": 0.1}}
-    return [{**line, "step": 1, **before},
-            {**line, "step": 2, "ess": 0.6, "entropy": math.log(point.G) - 0.4},
-            {**line, "step": 3, "ess": 0.8, "entropy": math.log(point.G) - 0.2},
-            {"kind": "eval", "step": 0, "mean_loss": 5.0}, {"kind": "eval", "step": 3, "mean_loss": loss}]
+    line = {
+        "kind": "train",
+        "weight_by_domain": weight,
+        "samples_by_domain": {"arxiv": 0.5, "c4": 0.5},
+    }
+    before = {
+        "ess": 1.0,
+        "entropy": math.log(point.G),
+        "weight_by_domain": {"arxiv": 0.9, "c4": 0.1},
+    }
+    return [
+        {**line, "step": 1, **before},
+        {**line, "step": 2, "ess": 0.6, "entropy": math.log(point.G) - 0.4},
+        {**line, "step": 3, "ess": 0.8, "entropy": math.log(point.G) - 0.2},
+        {"kind": "eval", "step": 0, "mean_loss": 5.0},
+        {"kind": "eval", "step": 3, "mean_loss": loss},
+    ]
 
 
 def test_the_weights_distance_from_uniform_is_split_by_the_chain_rule():
@@ -44,38 +60,61 @@ def test_table_and_figure_of_the_study(tmp_path):
 
 def test_the_study_refuses_what_it_cannot_use(tmp_path):
     expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path / "none"), "not found")
-    expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path, "--steps=3"), "--steps 3")
+    expect_error(
+        command("scripts/study_regime.py", "--data_dir", tmp_path, "--steps=3"), "--steps 3"
+    )
 
 
 def test_slurm_script_says_what_it_would_submit():
-    done = subprocess.run(["bash", "scripts/slurm/prepare.sbatch"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "DRY_RUN": "1", "INPUT": "/in", "OUT": "/out", "PARTS": "3"})
-    assert done.returncode == 0 and "--array 1-3" in done.stdout and "--merge --out '/out'" in done.stdout
+    done = subprocess.run(
+        ["bash", "scripts/slurm/prepare.sbatch"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DRY_RUN": "1", "INPUT": "/in", "OUT": "/out", "PARTS": "3"},
+    )
+    assert (
+        done.returncode == 0
+        and "--array 1-3" in done.stdout
+        and "--merge --out '/out'" in done.stdout
+    )
 
 
-REPRODUCE = {"slimpajama": 36, "c4cc": 6, "mixtures": 12, "r_sweep": 7, "figures": 4}  # name -> runs in its header
+# name -> runs in its header
+REPRODUCE = {"slimpajama": 36, "c4cc": 6, "mixtures": 12, "r_sweep": 7, "figures": 4}
 
 
 def reproduce(name, root=ROOT, **settings):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(["bash", f"scripts/reproduce_{name}.sh"], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **settings})
+    return subprocess.run(
+        ["bash", f"scripts/reproduce_{name}.sh"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **settings},
+    )
 
 
 @pytest.mark.parametrize("name", REPRODUCE)
 def test_what_a_reproduction_would_do(name):
-    assert {path.stem.split("_", 1)[1] for path in (ROOT / "scripts").glob("reproduce_*.sh")} == set(REPRODUCE)
+    assert {
+        path.stem.split("_", 1)[1] for path in (ROOT / "scripts").glob("reproduce_*.sh")
+    } == set(REPRODUCE)
     header = (ROOT / "scripts" / f"reproduce_{name}.sh").read_text()
-    assert f"({REPRODUCE[name]})" in header and "Hardware:" in header and "Tokens:" in header and "Time:" in header
+    for word in (f"({REPRODUCE[name]})", "Hardware:", "Tokens:", "Time:"):
+        assert word in header
     lines = expect_ok(reproduce(name, DRY_RUN="1", GPUS="4")).splitlines()
     trained = [line for line in lines if " train.py " in line]
     assert len(trained) == len(set(trained)) == REPRODUCE[name]
-    assert all(line.startswith("torchrun --standalone --nproc_per_node 4 -- train.py config/gpt2_") for line in trained)
+    assert all(
+        line.startswith("torchrun --standalone --nproc_per_node 4 -- train.py config/gpt2_")
+        for line in trained
+    )
     folders = [line.split("--out_dir ")[1].split()[0] for line in trained]
     assert len(set(folders)) == len(folders)
     for what in ("eval/perplexity.py", "eval/fewshot.py"):
         assert [line.split("--run ")[1].split()[0] for line in lines if what in line] == folders
-    table, = [line.split() for line in lines if "eval/tables.py" in line]
+    (table,) = [line.split() for line in lines if "eval/tables.py" in line]
     assert table[2:] == [*folders, "--out", f"results/{name}"]
     small = expect_ok(reproduce(name, DRY_RUN="1", SMOKE="1"))
     assert 2 <= small.count("config/tiny_cpu.py") <= 8 and "data/slimpajama" not in small
@@ -84,12 +123,65 @@ def test_what_a_reproduction_would_do(name):
     assert "--dependency afterok:JOB" in after
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"SMOKE": "yes"}, ["SMOKE=yes", "1"]), ({"DRY_RUN": "0"}, ["DRY_RUN=0"]), ({"SLURM": "true"}, ["SLURM=true"]),
-    ({"GPUS": "two"}, ["GPUS=two", "number"]), ({"SIZES": "125m"}, ["125m uniform", "gpt2_124m_uniform.py"]),
-    ({"STRATEGIES": "upward"}, ["124m upward"]), ({"SEEDS": "a"}, ["SEEDS=a", "42"]),
-    ({"SMOKE": "1", "STEPS": "5"}, ["STEPS=5", "12"]), ({"SMOKE": "1", "STEPS": "many"}, ["STEPS=many"]),
-    ({"DATA": "nowhere", "GPUS": "1"}, ["nowhere", "prepare_slimpajama.py"])])
+def trained(name, **settings):
+    """Folder of each run that a reproduction would train -> its TrainConfig."""
+    runs = {}
+    for line in expect_ok(reproduce(name, DRY_RUN="1", GPUS="0", **settings)).splitlines():
+        if " train.py " in line:
+            flags = shlex.split(line.split(" train.py ")[1])
+            config = parse(TrainConfig, "", flags)
+            runs[config.out_dir] = config
+    return runs
+
+
+def test_a_reproduction_trains_with_the_published_settings():
+    runs = trained("slimpajama", SEEDS="42")
+    assert len(runs) == 12
+    for folder, config in runs.items():
+        size, strategy, seed = folder.removeprefix("runs/").split("_")
+        assert (config.reweight, f"seed{config.seed}") == (strategy, seed)
+        assert config.model == ("auto" if size == "124m" else size)  # 124m is the default
+        assert config.global_batch_size == (32 if size == "124m" else 48)
+        assert config.r == (1.0 if (size, strategy) == ("124m", "quadratic") else 0.4)
+        recipe = {"model": config.model, "reweight": strategy, "r": config.r, "seed": config.seed}
+        recipe |= {"global_batch_size": config.global_batch_size, "out_dir": folder}
+        assert config == TrainConfig(**recipe)  # all else is the default
+    sweep = trained("r_sweep", SEEDS="42", STRATEGIES="linupper quadratic", R="0.2 3")
+    assert {folder: config.r for folder, config in sweep.items() if "_r" in folder} == {
+        f"runs/124m_r{r}_{strategy}_seed42": float(r)
+        for r in ("0.2", "3")
+        for strategy in ("linupper", "quadratic")
+    }
+    small = trained("slimpajama", SEEDS="42", SMOKE="1", STRATEGIES="quadratic")
+    (config,) = small.values()
+    assert (config.model, config.max_steps, config.r) == ("tiny", 120, 1.0)
+
+
+def test_presets_are_the_recipe_of_their_size():
+    for path in (ROOT / "config").glob("gpt2_*.py"):
+        size = path.stem.split("_")[1]
+        config = settle(parse(TrainConfig, "", [str(path), "--device=cpu"]), 1)
+        assert config.model == size and size in SIZES
+        assert f"x {config.global_batch_size} sequences x {config.block_size}" in path.read_text()
+        assert config.reweight == ("linupper" if path.stem.endswith("linupper") else "uniform")
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"SMOKE": "yes"}, ["SMOKE=yes", "1"]),
+        ({"DRY_RUN": "0"}, ["DRY_RUN=0"]),
+        ({"SLURM": "true"}, ["SLURM=true"]),
+        ({"GPUS": "two"}, ["GPUS=two", "number"]),
+        ({"SIZES": "125m"}, ["125m", "gpt2_124m.py"]),
+        ({"STRATEGIES": "upward"}, ["STRATEGIES", "upward", *STRATEGIES]),
+        ({"STRATEGIES": "quantile"}, ["quantile"]),
+        ({"SEEDS": "a"}, ["SEEDS=a", "42"]),
+        ({"SMOKE": "1", "STEPS": "5"}, ["STEPS=5", "12"]),
+        ({"SMOKE": "1", "STEPS": "many"}, ["STEPS=many"]),
+        ({"DATA": "nowhere", "GPUS": "1"}, ["nowhere", "prepare_slimpajama.py"]),
+    ],
+)
 def test_wrong_settings_of_a_reproduction_are_told_in_one_line(settings, words):
     expect_error(reproduce("slimpajama", **settings), *words)
 
@@ -99,27 +191,24 @@ def test_a_short_smoke_run_fills_its_tables(tmp_path):
     root = shutil.copytree(ROOT, tmp_path / "clone", ignore=outside)
     expect_ok(reproduce("c4cc", root, SMOKE="1", STEPS="12", TASKS="none", STRATEGIES="linupper"))
     made = root / "results" / "smoke" / "c4cc"
-    assert {"table.md", "table.tex", "table.csv", "report.html"} <= {path.name for path in made.iterdir()}
+    assert {"table.md", "table.tex", "table.csv", "report.html"} <= {
+        path.name for path in made.iterdir()
+    }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made.glob("*.png"))
     text = (made / "table.md").read_text()
     assert "missing" not in text and "### Perplexity, tiny" in text and "| wikipedia" in text
 
 
-def test_the_scaling_on_paper_is_what_its_formulas_give():
-    from scripts.predict_scaling import communication_seconds, compute_seconds, step_seconds
-    text, N = (ROOT / "docs" / "scaling.md").read_text(), 124_439_808 + 47 * 768  # 50304 rows in place of 50257
-    for block in expect_ok(command("scripts/predict_scaling.py")).strip().split("\n\n"):
-        assert block in text
-    flops = 6 * (N - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert compute_seconds("124m", 1) == pytest.approx(1024 * flops / 494.5e12)
-    ethernet = 511 / 512 * 8 * N / 10e9 + 24 * 9 * 30e-6  # 0.8 of 100 Gb/s; 24 messages of log2(512) hops
-    assert communication_seconds("124m", "ddp", 512, "Ethernet") == pytest.approx(ethernet)
-    alone, together = (step_seconds("124m", "ddp", W, "Ethernet", 32) for W in (1, 512))
-    assert alone == compute_seconds("124m", 32) and together == pytest.approx(alone / 3 + ethernet)
-
-
 def test_training_starts_without_what_only_some_runs_need():
-    heavy = ("datasets", "lm_eval", "matplotlib", "pyarrow", "torch._dynamo", "transformers", "wandb")
+    heavy = (
+        "datasets",
+        "lm_eval",
+        "matplotlib",
+        "pyarrow",
+        "torch._dynamo",
+        "transformers",
+        "wandb",
+    )
     code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert expect_ok(done).strip() == "[]"

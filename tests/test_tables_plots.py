@@ -14,32 +14,71 @@ from data import DOMAINS
 from eval.compare import minutes_to, paired_difference, speedup, steps_to
 from eval.runs import run_names
 
-CONFIG = {"model": "tiny", "reweight": "uniform", "seed": 1, "r": 0.4, "out_dir": "x", "git_commit": "abc",
-          "max_steps": 9}
+CONFIG = {
+    "model": "tiny",
+    "reweight": "uniform",
+    "seed": 1,
+    "r": 0.4,
+    "out_dir": "x",
+    "git_commit": "abc",
+    "max_steps": 9,
+}
 
 
-def make_run(folder, losses, val_hash="same", kinds=False, domains=DOMAINS, windows=None, fewshot=None, **changes):
+def make_run(
+    folder,
+    losses,
+    val_hash="same",
+    kinds=False,
+    domains=DOMAINS,
+    windows=None,
+    fewshot=None,
+    **changes,
+):
     """A run folder whose domains have these final losses; None: not evaluated."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     if losses is None:
         return folder
-    domains = {d: {"loss": v, "ppl": math.exp(v), "tokens": 10, "bits_per_byte": v / math.log(2)}
-               for d, v in zip(domains, losses, strict=False)}
-    record = {"step": 9, "domains": domains, "mean_loss": sum(losses) / len(losses), "val_hash": val_hash,
-              "worst_domain": max(domains, key=lambda d: domains[d]["loss"])}
+    domains = {
+        d: {"loss": v, "ppl": math.exp(v), "tokens": 10, "bits_per_byte": v / math.log(2)}
+        for d, v in zip(domains, losses, strict=False)
+    }
+    record = {
+        "step": 9,
+        "domains": domains,
+        "mean_loss": sum(losses) / len(losses),
+        "val_hash": val_hash,
+        "worst_domain": max(domains, key=lambda d: domains[d]["loss"]),
+    }
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text(json.dumps(record))
     if windows:
-        np.savez(folder / "eval" / "perplexity_windows.npz", **{d: np.float32(v) for d, v in windows.items()})
+        np.savez(
+            folder / "eval" / "perplexity_windows.npz",
+            **{d: np.float32(v) for d, v in windows.items()},
+        )
     if fewshot:
         (folder / "eval" / "fewshot.json").write_text(json.dumps(fewshot))
     lines = [{"kind": "eval", **record, "step": step} for step in (0, 5, 9)]
     even = dict.fromkeys(domains, 1 / len(domains))
-    lines += [{"kind": "train", "step": step, "ess": 0.9, "weight_by_domain": even, "samples_by_domain": even,
-               "tokens": step * 10, "tokens_per_s": 5.0,
-               **({"weight_by_kind": {"noise": 1.0}, "samples_by_kind": {"noise": 1.0}} if kinds else {})}
-              for step in range(1, 10)]
+    lines += [
+        {
+            "kind": "train",
+            "step": step,
+            "ess": 0.9,
+            "weight_by_domain": even,
+            "samples_by_domain": even,
+            "tokens": step * 10,
+            "tokens_per_s": 5.0,
+            **(
+                {"weight_by_kind": {"noise": 1.0}, "samples_by_kind": {"noise": 1.0}}
+                if kinds
+                else {}
+            ),
+        }
+        for step in range(1, 10)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -59,8 +98,10 @@ def tables(*runs, what=None):
 
 @pytest.fixture
 def runs(tmp_path):
-    return [make_run(tmp_path / "a", [1.0, 2.0, 3.0, 1.5, 1.5, 1.5, 1.5]),
-            make_run(tmp_path / "b", [1.1, 1.9, 2.5, 1.5, 1.5, 1.5, 1.5], reweight="linupper")]
+    return [
+        make_run(tmp_path / "a", [1.0, 2.0, 3.0, 1.5, 1.5, 1.5, 1.5]),
+        make_run(tmp_path / "b", [1.1, 1.9, 2.5, 1.5, 1.5, 1.5, 1.5], reweight="linupper"),
+    ]
 
 
 def test_markdown(runs):
@@ -69,7 +110,10 @@ def test_markdown(runs):
     rows = found["Loss (log-perplexity, nats per token), tiny"]
     assert list(rows)[1:8] == list(DOMAINS) and rows["domain"] == ["uniform", "linupper"]
     assert rows["arxiv"] == ["**1.0000**", "1.1000"] and rows["book"] == ["2.0000", "**1.9000**"]
-    assert rows["average loss"] == ["1.7143", "**1.6429**"] and rows["worst domain"] == ["3.0000", "**2.5000**"]
+    assert rows["average loss"] == ["1.7143", "**1.6429**"] and rows["worst domain"] == [
+        "3.0000",
+        "**2.5000**",
+    ]
     assert rows["which one"] == ["cc", "cc"]
     rows = found["Perplexity, tiny"]
     assert rows["arxiv"] == [f"**{math.e:.3f}**", f"{math.exp(1.1):.3f}"]
@@ -78,12 +122,19 @@ def test_markdown(runs):
 
 def test_without_a_choice_there_is_all_that_the_runs_have(runs):
     assert [title.split(",")[0] for title in tables(*runs)] == [
-        "Perplexity", "Loss (log-perplexity", "Bits per byte", "Loss minus uniform", "Reaching uniform's final loss"]
+        "Perplexity",
+        "Loss (log-perplexity",
+        "Bits per byte",
+        "Loss minus uniform",
+        "Reaching uniform's final loss",
+    ]
     assert len(tables(runs[0])) == 3
 
 
 def test_csv(runs):
-    rows = list(csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
+    rows = list(
+        csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv"))))
+    )
     of = {(r["table"], r["row"], r["setting"]): r for r in rows}
     assert float(of["ppl", "arxiv", "linupper"]["value"]) == math.exp(1.1)
     assert float(of["difference", "cc", "linupper"]["value"]) == pytest.approx(-0.5)
@@ -92,9 +143,17 @@ def test_csv(runs):
 
 
 def test_latex(tmp_path):
-    runs = [make_run(tmp_path / f"{s}{norm[0]}{k}", [loss, 2.0 + k], reweight=s, seed=k, reweight_norm=norm)
-            for s, norm, loss in (("uniform", "x", 1.0), ("upper", "a_%b&<c>\\d#$^~{", 1.1), ("upper", "y", 1.1))
-            for k in (1, 2)]
+    runs = [
+        make_run(
+            tmp_path / f"{s}{norm[0]}{k}", [loss, 2.0 + k], reweight=s, seed=k, reweight_norm=norm
+        )
+        for s, norm, loss in (
+            ("uniform", "x", 1.0),
+            ("upper", "a_%b&<c>\\d#$^~{", 1.1),
+            ("upper", "y", 1.1),
+        )
+        for k in (1, 2)
+    ]
     text = expect_ok(command("eval/tables.py", *runs, "--format", "latex"))
     assert text.startswith(r"% \usepackage{booktabs}")
     tabulars = re.findall(r"\\begin{tabular}{(.*?)}\n(.*?)\\end{tabular}", text, re.DOTALL)
@@ -102,16 +161,24 @@ def test_latex(tmp_path):
     for columns, body in tabulars:
         for line in body.splitlines():
             if not re.fullmatch(r"\\(top|mid|bottom)rule", line):
-                assert line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+                assert (
+                    line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+                )
     names = r"a\_\%b\&$<$c$>$\textbackslash{}d\#\$\textasciicircum{}\textasciitilde{}\{"
     assert rf"reweight\_norm={names}" in text
     bare = re.sub(r"\\[_%&#${}]", "", text.split("\n", 1)[1])  # what is left is LaTeX's own
-    assert not re.search(r"[%#_^~±]", bare) and bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    assert (
+        not re.search(r"[%#_^~±]", bare)
+        and bare.count("{") == bare.count("}")
+        and bare.count("$") % 2 == 0
+    )
     assert r"\textbf{2.718 $\pm$ 0.000} & 3.004" in text and "\\midrule\nexp(average loss)" in text
 
 
 def test_latex_has_real_minus_signs(runs):
-    assert "cc & $-$0.5000" in expect_ok(command("eval/tables.py", *runs, "--what=difference", "--format=latex"))
+    assert "cc & $-$0.5000" in expect_ok(
+        command("eval/tables.py", *runs, "--what=difference", "--format=latex")
+    )
 
 
 def test_out_writes_the_three_formats(runs, tmp_path):
@@ -119,7 +186,9 @@ def test_out_writes_the_three_formats(runs, tmp_path):
     written = expect_ok(command("eval/tables.py", *runs, "--out", to)).split()
     assert written == [str(to / f"table.{end}") for end in ("md", "tex", "csv")]
     for form, end in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
-        assert (to / f"table.{end}").read_text() == expect_ok(command("eval/tables.py", *runs, "--format", form))
+        assert (to / f"table.{end}").read_text() == expect_ok(
+            command("eval/tables.py", *runs, "--format", form)
+        )
     assert sorted(path.name for path in to.iterdir()) == ["table.csv", "table.md", "table.tex"]
 
 
@@ -129,21 +198,45 @@ def test_missing_says_missing(runs, tmp_path):
 
 
 def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
-    runs = [make_run(tmp_path / f"{s}{k}", [1.0 + k * 0.1 + gap] * 7, reweight=s, seed=k, r=0.4 + (s == "uniform"))
-            for s, gap in (("uniform", 0.0), ("upper", 0.02)) for k in (1, 2, 3)]
-    runs[5:] = [make_run(tmp_path / "more", [1.33] * 7, reweight="upper", seed=3),
-                make_run(tmp_path / "other", [2.0] * 7, reweight="upper", seed=9, block_size=7)]
+    runs = [
+        make_run(
+            tmp_path / f"{s}{k}",
+            [1.0 + k * 0.1 + gap] * 7,
+            reweight=s,
+            seed=k,
+            r=0.4 + (s == "uniform"),
+        )
+        for s, gap in (("uniform", 0.0), ("upper", 0.02))
+        for k in (1, 2, 3)
+    ]
+    runs[5:] = [
+        make_run(tmp_path / "more", [1.33] * 7, reweight="upper", seed=3),
+        make_run(tmp_path / "other", [2.0] * 7, reweight="upper", seed=9, block_size=7),
+    ]
     found = tables(*runs)
     rows = found["Loss (log-perplexity, nats per token), tiny"]
-    assert rows["domain"] == ["uniform block_size=None", "upper block_size=None", "upper block_size=7"]
+    assert rows["domain"] == [
+        "uniform block_size=None",
+        "upper block_size=None",
+        "upper block_size=7",
+    ]
     assert rows["book"] == ["**1.2000 ± 0.1000**", "1.2233 ± 0.1050", "2.0000"]
     rows = found["Loss minus uniform, tiny"]
     assert rows["domain"] == ["upper block_size=None", "upper block_size=7"]
     assert rows["average loss"] == rows["book"] == ["+0.0233 ± 0.0058", "missing"]
     assert rows["p (windows)"] == ["missing", "missing"]  # no file with the windows
-    rows = list(csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv")))))
-    book = next(r for r in rows if (r["table"], r["row"], r["setting"]) == ("loss", "book", "upper block_size=None"))
-    assert (float(book["std"]), book["runs"]) == (pytest.approx(np.std([1.12, 1.22, 1.33], ddof=1)), "3")
+    rows = list(
+        csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv"))))
+    )
+    book = next(
+        r
+        for r in rows
+        if (r["table"], r["row"], r["setting"]) == ("loss", "book", "upper block_size=None")
+    )
+    assert (float(book["std"]), book["runs"]) == (
+        pytest.approx(np.std([1.12, 1.22, 1.33], ddof=1)),
+        "3",
+    )
 
 
 def test_paired_difference_by_hand():
@@ -152,15 +245,21 @@ def test_paired_difference_by_hand():
     error = math.sqrt(2 * 18 / 4**2 + 2 * 2 / 2**2) / 2
     assert (mean, low, high) == pytest.approx((2.0, 2.0 - 1.96 * error, 2.0 + 1.96 * error))
     assert p == pytest.approx(math.erfc(2 / error / 2**0.5)) and 0.02 < p < 0.03
-    assert paired_difference({"a": np.zeros(9)})[3] == 1 and math.isnan(paired_difference({"a": np.ones(1)})[3])
+    assert paired_difference({"a": np.zeros(9)})[3] == 1 and math.isnan(
+        paired_difference({"a": np.ones(1)})[3]
+    )
 
 
 @pytest.mark.parametrize("alike", [1, 8])
 def test_paired_difference_seldom_sees_what_is_not_there(alike):
     """A twentieth false alarms, also where `alike` neighbouring windows are of one document."""
     rng = np.random.default_rng(1)
-    found = [paired_difference({"a": np.repeat(rng.gamma(2, 1, 150) - 2, alike), "b": rng.normal(0, 2, 900)})[3]
-             for _ in range(1000)]
+    found = [
+        paired_difference(
+            {"a": np.repeat(rng.gamma(2, 1, 150) - 2, alike), "b": rng.normal(0, 2, 900)}
+        )[3]
+        for _ in range(1000)
+    ]
     assert 0.03 < np.mean(np.array(found) < 0.05) < 0.09
 
 
@@ -168,117 +267,218 @@ def test_the_paired_test_averages_the_seeds_windows_first(tmp_path):
     rng, runs, windows = np.random.default_rng(2), [], {}
     for s in ("uniform", "upper"):
         for k in (1, 2):
-            windows[s, k] = {d: rng.normal(2 + 0.1 * (s == "upper"), 0.3, n).astype(np.float32)
-                             for d, n in (("arxiv", 40), ("fineweb", 90))}
-            runs.append(make_run(tmp_path / f"{s}{k}", [v.mean(dtype=float) for v in windows[s, k].values()],
-                                 domains=("arxiv", "fineweb"), windows=windows[s, k], reweight=s, seed=k))
+            windows[s, k] = {
+                d: rng.normal(2 + 0.1 * (s == "upper"), 0.3, n).astype(np.float32)
+                for d, n in (("arxiv", 40), ("fineweb", 90))
+            }
+            runs.append(
+                make_run(
+                    tmp_path / f"{s}{k}",
+                    [v.mean(dtype=float) for v in windows[s, k].values()],
+                    domains=("arxiv", "fineweb"),
+                    windows=windows[s, k],
+                    reweight=s,
+                    seed=k,
+                )
+            )
     rows = tables(*runs, what="difference")["Loss minus uniform, tiny"]
-    expected = paired_difference({d: (windows["upper", 1][d] - windows["uniform", 1][d] + windows["upper", 2][d]
-                                      - windows["uniform", 2][d]) / 2 for d in ("arxiv", "fineweb")})
+    expected = paired_difference(
+        {
+            d: (
+                windows["upper", 1][d]
+                - windows["uniform", 1][d]
+                + windows["upper", 2][d]
+                - windows["uniform", 2][d]
+            )
+            / 2
+            for d in ("arxiv", "fineweb")
+        }
+    )
     assert rows["average loss"][0].startswith(f"{expected[0]:+.4f} ± ")
     assert rows["95 % interval (windows)"] == [f"{expected[1]:+.4f} to {expected[2]:+.4f}"]
     assert rows["p (windows)"] == [f"{expected[3]:.4f}" if expected[3] >= 1e-4 else "<0.0001"]
     (runs[3] / "eval" / "perplexity_windows.npz").unlink()
     done = command("eval/tables.py", *runs, "--what", "difference")
-    assert "p (windows)" in expect_ok(done) and f"{runs[3]}: no perplexity_windows.npz" in done.stderr
+    assert (
+        "p (windows)" in expect_ok(done) and f"{runs[3]}: no perplexity_windows.npz" in done.stderr
+    )
 
 
-def curve(points, rates=((20, 50.0),), val_hash="same"):
-    """Records with these (step, mean loss) evaluations; 100 tokens a step at (last step, tokens per second)."""
-    return [*({"kind": "eval", "step": s, "mean_loss": v, "val_hash": val_hash} for s, v in points),
-            *({"kind": "train", "step": s, "tokens": 100 * s, "tokens_per_s": rate} for s, rate in rates)]
+def curve(points, rates=((20, 50.0),), val_hash="same", max_steps=20):
+    """A run with these (step, mean loss) evaluations.
+
+    It takes 100 tokens a step; rates: (last step, tokens per second).
+    """
+    evals = [{"kind": "eval", "step": s, "mean_loss": v, "val_hash": val_hash} for s, v in points]
+    trained = [
+        {"kind": "train", "step": s, "tokens": 100 * s, "tokens_per_s": rate} for s, rate in rates
+    ]
+    return {"max_steps": max_steps, "evals": evals, "trained": trained}
 
 
 def test_speedup_by_hand():
-    uniform = curve([(0, 5.0), (10, 3.0), (20, 2.0)])  # 2 seconds a step
+    points = [(0, 5.0), (10, 3.0), (20, 2.0)]
+    uniform = curve(points)  # 2 seconds a step
     faster = curve([(0, 5.0), (10, 2.5), (20, 1.5)], rates=[(10, 100.0), (20, 50.0)])
-    found = speedup(faster, 20, uniform, 20)
-    assert (found["uniform's final loss"], found["uniform's steps"], found["steps"]) == (2.0, 20, 15)
-    assert found["uniform's minutes"] == pytest.approx(40 / 60) and found["minutes"] == pytest.approx(20 / 60)
-    assert found["speed-up in steps"] == pytest.approx(20 / 15) and found["speed-up in time"] == pytest.approx(2)
-    never = curve([(0, 5.0), (20, 2.1)])
-    assert speedup(never, 20, uniform, 20)["steps"] == "not reached"
-    assert "steps" not in speedup(never, 40, uniform, 20)  # not finished: it may still get there
-    assert speedup(faster, 20, uniform, 40) == {}  # uniform is not finished
-    assert speedup(curve([(20, 1.0)], val_hash="other"), 20, uniform, 20) == {}
-    assert speedup(curve([(0, 2.0), (20, 1.0)]), 20, uniform, 20)["speed-up in steps"] is None  # no step needed
-    assert speedup(curve([(0, 5.0), (20, 1.0)], rates=()), 20, uniform, 20)["speed-up in time"] is None
+    row = speedup(faster, uniform)
+    assert (row["uniform's final loss"], row["uniform's steps"], row["steps"]) == (2.0, 20, 15)
+    assert row["uniform's minutes"] == pytest.approx(40 / 60)
+    assert row["minutes"] == pytest.approx(20 / 60)
+    assert row["speed-up in steps"] == pytest.approx(20 / 15)
+    assert row["speed-up in time"] == pytest.approx(2)
+    never = [(0, 5.0), (20, 2.1)]
+    assert speedup(curve(never), uniform)["steps"] == "not reached"
+    assert "steps" not in speedup(curve(never, max_steps=40), uniform)  # it may still get to it
+    assert speedup(faster, curve(points, max_steps=40)) == {}  # uniform is not finished
+    assert speedup(curve([(20, 1.0)], val_hash="other"), uniform) == {}
+    no_step_needed = curve([(0, 2.0), (20, 1.0)])
+    assert speedup(no_step_needed, uniform)["speed-up in steps"] is None
+    no_times = curve([(0, 5.0), (20, 1.0)], rates=())
+    assert speedup(no_times, uniform)["speed-up in time"] is None
 
 
 def test_the_curve_is_read_where_it_first_comes_down():
-    evals = [r for r in curve([(0, 5.0), (10, 1.0), (20, 3.0), (30, 2.0)])]
-    evals = [r for r in evals if r["kind"] == "eval"]
-    assert steps_to(2.0, evals) == 7.5 and steps_to(5.0, evals) == 0 and steps_to(0.5, evals) is None
-    assert minutes_to(None, curve([])) is None and minutes_to(30, curve([])) == pytest.approx(40 / 60)
+    evals = curve([(0, 5.0), (10, 1.0), (20, 3.0), (30, 2.0)])["evals"]
+    assert steps_to(2.0, evals) == 7.5
+    assert steps_to(5.0, evals) == 0
+    assert steps_to(0.5, evals) is None
+    trained = curve([])["trained"]
+    assert minutes_to(None, trained) is None
+    assert minutes_to(30, trained) == pytest.approx(40 / 60)
 
 
 def test_the_speedup_table(tmp_path):
     runs = []
-    for s, k, losses in (("uniform", 1, (5, 3, 2)), ("uniform", 2, (5, 3, 2)), ("upper", 1, (5, 2, 1)),
-                         ("upper", 2, (5, 4, 3)), ("linupper", 1, (5, 4, 3))):
+    for s, k, losses in (
+        ("uniform", 1, (5, 3, 2)),
+        ("uniform", 2, (5, 3, 2)),
+        ("upper", 1, (5, 2, 1)),
+        ("upper", 2, (5, 4, 3)),
+        ("linupper", 1, (5, 4, 3)),
+    ):
         runs.append(make_run(tmp_path / f"{s}{k}", [1.0], reweight=s, seed=k, max_steps=20))
-        lines = curve([(step, float(loss)) for step, loss in zip((0, 10, 20), losses, strict=True)])
-        (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made = curve([(step, float(loss)) for step, loss in zip((0, 10, 20), losses, strict=True)])
+        lines = [json.dumps(line) + "\n" for line in made["evals"] + made["trained"]]
+        (runs[-1] / "metrics.jsonl").write_text("".join(lines))
     rows = tables(*runs, what="speedup")["Reaching uniform's final loss, tiny"]
     assert rows[""] == ["upper", "linupper"]
-    assert rows["steps"] == ["10 (1 of 2 runs)", "not reached"] and rows["uniform's steps"] == ["20 ± 0", "20"]
+    assert rows["steps"] == ["10 (1 of 2 runs)", "not reached"] and rows["uniform's steps"] == [
+        "20 ± 0",
+        "20",
+    ]
     assert rows["speed-up in steps"] == ["2.00 (1 of 2 runs)", "not reached"]
 
 
 def scores(shots=5, step=9, **tasks):
-    return {"step": step, "num_fewshot": shots, "tasks": {
-        name: {"metric": "acc,none", "score": score, "stderr": 0.01, "requests": 40, "truncated": cut}
-        for name, (score, cut) in tasks.items()}}
+    return {
+        "step": step,
+        "num_fewshot": shots,
+        "tasks": {
+            name: {
+                "metric": "acc,none",
+                "score": score,
+                "stderr": 0.01,
+                "requests": 40,
+                "truncated": cut,
+            }
+            for name, (score, cut) in tasks.items()
+        },
+    }
 
 
 def test_fewshot_scores(tmp_path):
-    runs = [make_run(tmp_path / "a", [1.0], fewshot=scores(sciq=(0.5, 0), wic=(0.25, 7))),
-            make_run(tmp_path / "b", [1.0], reweight="upper", fewshot=scores(sciq=(0.6, 0), wic=(0.2, 7))),
-            make_run(tmp_path / "c", [1.0], reweight="upper", seed=2, fewshot=scores(sciq=(0.7, 0), wic=(0.2, 9))),
-            make_run(tmp_path / "d", [1.0], reweight="extremes", fewshot=scores(sciq=(0.1, 0))),
-            make_run(tmp_path / "e", [1.0], reweight="quadratic")]
+    runs = [
+        make_run(tmp_path / "a", [1.0], fewshot=scores(sciq=(0.5, 0), wic=(0.25, 7))),
+        make_run(
+            tmp_path / "b", [1.0], reweight="upper", fewshot=scores(sciq=(0.6, 0), wic=(0.2, 7))
+        ),
+        make_run(
+            tmp_path / "c",
+            [1.0],
+            reweight="upper",
+            seed=2,
+            fewshot=scores(sciq=(0.7, 0), wic=(0.2, 9)),
+        ),
+        make_run(tmp_path / "d", [1.0], reweight="extremes", fewshot=scores(sciq=(0.1, 0))),
+        make_run(tmp_path / "e", [1.0], reweight="quadratic"),
+    ]
     rows = tables(*runs, what="fewshot")["Few-shot scores, tiny"]
-    assert rows["sciq (acc)"] == ["0.5000 (0.0100)", "**0.6500 ± 0.0707**", "0.1000 (0.0100)", "missing"]
+    assert rows["sciq (acc)"] == [
+        "0.5000 (0.0100)",
+        "**0.6500 ± 0.0707**",
+        "0.1000 (0.0100)",
+        "missing",
+    ]
     assert rows["wic (acc)"] == ["**0.2500 (0.0100)**", "0.2000 ± 0.0000", "missing", "missing"]
     assert rows["mean"] == ["0.3750", "**0.4250 ± 0.0354**", "missing", "missing"]
     text = expect_ok(command("eval/tables.py", *runs, "--what", "fewshot"))
     assert "5 examples in the prompt" in text and "context: wic 9 of 40." in text
-    other = make_run(tmp_path / "f", [1.0], reweight="linupper", fewshot=scores(shots=0, sciq=(0.5, 0)))
-    expect_error(command("eval/tables.py", *runs, other), "sciq", "5 examples", "0 examples", str(other), "--what")
+    other = make_run(
+        tmp_path / "f", [1.0], reweight="linupper", fewshot=scores(shots=0, sciq=(0.5, 0))
+    )
+    expect_error(
+        command("eval/tables.py", *runs, other),
+        "sciq",
+        "5 examples",
+        "0 examples",
+        str(other),
+        "--what",
+    )
     assert tables(*runs, other, what="ppl")
-    early = make_run(tmp_path / "g", [1.0], reweight="linupper", fewshot=scores(step=4, sciq=(0.5, 0)))
-    assert "linupper scored_at_step=4" in tables(early, runs[0], what="fewshot")["Few-shot scores, tiny"]["task"]
+    early = make_run(
+        tmp_path / "g", [1.0], reweight="linupper", fewshot=scores(step=4, sciq=(0.5, 0))
+    )
+    assert (
+        "linupper scored_at_step=4"
+        in tables(early, runs[0], what="fewshot")["Few-shot scores, tiny"]["task"]
+    )
 
 
 def test_each_size_has_its_own_table(tmp_path):
-    runs = [make_run(tmp_path / f"{m}{s}", [loss, loss + 1], model=m, reweight=s, global_batch_size=len(m))
-            for m, s, loss in (("1.5b", "uniform", 1.0), ("1.5b", "upper", 0.9), ("tiny", "uniform", 3.0))]
+    runs = [
+        make_run(
+            tmp_path / f"{m}{s}", [loss, loss + 1], model=m, reweight=s, global_batch_size=len(m)
+        )
+        for m, s, loss in (
+            ("1.5b", "uniform", 1.0),
+            ("1.5b", "upper", 0.9),
+            ("tiny", "uniform", 3.0),
+        )
+    ]
     found = tables(*runs, what="loss,difference")
     assert [title.removeprefix("Loss (log-perplexity, nats per token)") for title in found] == [
-        ", tiny", ", 1.5b", " by size", "Loss minus uniform, 1.5b"]
+        ", tiny",
+        ", 1.5b",
+        " by size",
+        "Loss minus uniform, 1.5b",
+    ]
     assert found["Loss (log-perplexity, nats per token), tiny"]["arxiv"] == ["3.0000"]
     assert found["Loss (log-perplexity, nats per token), 1.5b"]["arxiv"] == ["1.0000", "**0.9000**"]
     assert found["Loss (log-perplexity, nats per token) by size"] == {
-        "size": ["uniform", "upper"], "tiny, average loss": ["3.5000", "missing"],
-        "1.5b, average loss": ["1.5000", "**1.4000**"], "tiny, worst domain": ["4.0000", "missing"],
-        "1.5b, worst domain": ["2.0000", "**1.9000**"]}
+        "size": ["uniform", "upper"],
+        "tiny, average loss": ["3.5000", "missing"],
+        "1.5b, average loss": ["1.5000", "**1.4000**"],
+        "tiny, worst domain": ["4.0000", "missing"],
+        "1.5b, worst domain": ["2.0000", "**1.9000**"],
+    }
 
 
-def test_other_domains_follow_the_known_ones(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+def test_other_domains_follow_the_known_ones(tmp_path):
+    from eval import perplexity
+    from eval.plots import domain_perplexity, loss_charts, panels
+    from eval.runs import Column, read_runs
 
-    from eval.plots import domain_perplexity, loss_curves
     names = ("zulu", *reversed(DOMAINS), "fineweb")
-    run = make_run(tmp_path / "a", [1.0 + i for i in range(9)], domains=names)
-    rows = tables(run, what="ppl")["Perplexity, tiny"]
-    assert list(rows)[1:10] == [*DOMAINS, "fineweb", "zulu"]
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]]
-    loss_curves(["a"], records, tmp_path / "x.png")
-    assert [ax.get_title() for ax in figures[0].axes if ax.get_visible()][1:] == list(rows)[1:10]
-    domain_perplexity(["a"], [json.loads((run / "eval" / "perplexity.json").read_text())], tmp_path / "y.png")
-    assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == list(rows)[1:10]
+    folder = make_run(tmp_path / "a", [1.0 + i for i in range(9)], domains=names)
+    rows = tables(folder, what="ppl")["Perplexity, tiny"]
+    in_order = list(rows)[1:10]
+    assert in_order == [*DOMAINS, "fineweb", "zulu"]
+    runs = read_runs([str(folder)])
+    columns = [Column("a", runs)]
+    losses = panels(loss_charts(columns), ["a"], "loss")
+    assert [ax.get_title() for ax in losses.axes if ax.get_visible()][1:] == in_order
+    bars = domain_perplexity(columns, perplexity.read_all(runs))
+    assert [label.get_text() for label in bars.axes[0].get_xticklabels()] == in_order
 
 
 def test_an_older_checkpoint_is_told(runs, tmp_path):
@@ -288,7 +488,9 @@ def test_an_older_checkpoint_is_told(runs, tmp_path):
 
 
 def test_what_is_no_setting_splits_no_column(tmp_path):
-    a, b = (make_run(tmp_path / f"u{i}", [1.0] * 7, seed=i, r=i / 10, eval_interval=i) for i in (1, 2))
+    a, b = (
+        make_run(tmp_path / f"u{i}", [1.0] * 7, seed=i, r=i / 10, eval_interval=i) for i in (1, 2)
+    )
     rows = tables(a, b)["Perplexity, tiny"]
     assert rows["domain"] == ["uniform"] and rows["arxiv"] == ["2.718 ± 0.000"]
 
@@ -303,27 +505,54 @@ def test_a_diverged_run_is_shown_as_it_is(tmp_path):
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     other = make_run(tmp_path / "c", [1.0] * 7, val_hash="other")
-    expect_error(command("eval/tables.py", runs[0], other), str(runs[0]), str(other), "cannot be compared", "--stride")
+    expect_error(
+        command("eval/tables.py", runs[0], other),
+        str(runs[0]),
+        str(other),
+        "cannot be compared",
+        "--stride",
+    )
     expect_error(command("eval/tables.py", tmp_path), "no config.json")
-    expect_error(command("eval/plots.py", make_run(tmp_path / "d", None), "--to", tmp_path), "no evaluation")
+    expect_error(
+        command("eval/plots.py", make_run(tmp_path / "d", None), "--to", tmp_path), "no evaluation"
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--what=pll"], ["'pll'", "did you mean 'ppl'"]), (["--what="], ["''", "known"]),
-    (["--what=fewshot"], ["fewshot.json", "eval/fewshot.py"]), (["--format=html"], ["--format", "markdown"]),
-    (["--out=README.md"], ["README.md"]), (["--out=x", "--format=csv"], ["--format", "--out"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--what=pll"], ["'pll'", "did you mean 'ppl'"]),
+        (["--what="], ["''", "known"]),
+        (["--what=fewshot"], ["fewshot.json", "eval/fewshot.py"]),
+        (["--format=html"], ["--format", "markdown"]),
+        (["--out=README.md"], ["README.md"]),
+        (["--out=x", "--format=csv"], ["--format", "--out"]),
+    ],
+)
 def test_wrong_flags(runs, flags, words):
     expect_error(command("eval/tables.py", *runs, *flags), *words)
 
 
-@pytest.mark.parametrize("file, text, words", [
-    ("config.json", "{", ["config.json cannot be read"]), ("config.json", '{"model": "x"}', ["'reweight'"]),
-    ("eval/perplexity.json", "", ["perplexity.json cannot be read"]),
-    ("eval/perplexity.json", '{"step": 1}', ["not what eval/perplexity.py writes", "--run"]),
-    ("eval/perplexity.json", '{"step": 9, "mean_loss": 1, "val_hash": "same", "domains": {"c4": {"loss": 1}}}',
-     ["not what eval/perplexity.py writes"]),
-    ("eval/perplexity_windows.npz", "PK", ["perplexity_windows.npz cannot be read", "--run"]),
-    ("eval/fewshot.json", '{"step": 9, "num_fewshot": 5, "tasks": {}}', ["not what eval/fewshot.py writes"])])
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("config.json", "{", ["config.json cannot be read"]),
+        ("config.json", '{"model": "x"}', ["'reweight'"]),
+        ("eval/perplexity.json", "", ["perplexity.json cannot be read"]),
+        ("eval/perplexity.json", '{"step": 1}', ["not what eval/perplexity.py writes", "--run"]),
+        (
+            "eval/perplexity.json",
+            '{"step": 9, "mean_loss": 1, "val_hash": "same", "domains": {"c4": {"loss": 1}}}',
+            ["not what eval/perplexity.py writes"],
+        ),
+        ("eval/perplexity_windows.npz", "PK", ["perplexity_windows.npz cannot be read", "--run"]),
+        (
+            "eval/fewshot.json",
+            '{"step": 9, "num_fewshot": 5, "tasks": {}}',
+            ["not what eval/fewshot.py writes"],
+        ),
+    ],
+)
 def test_damaged_runs(runs, file, text, words):
     (runs[0] / file).write_text(text)
     expect_error(command("eval/tables.py", *runs), str(runs[0]), *words)
@@ -331,10 +560,14 @@ def test_damaged_runs(runs, file, text, words):
 
 def test_windows_of_another_evaluation_are_refused(tmp_path):
     windows = {"arxiv": [1.0, 2.0]}
-    runs = [make_run(tmp_path / "a", [1.5], windows=windows),
-            make_run(tmp_path / "b", [1.6], windows=windows, reweight="upper")]
+    runs = [
+        make_run(tmp_path / "a", [1.5], windows=windows),
+        make_run(tmp_path / "b", [1.6], windows=windows, reweight="upper"),
+    ]
     expect_error(command("eval/tables.py", *runs), str(runs[1]), "not of the same evaluation")
-    expect_error(command("eval/tables.py", runs[0], "--what", "speedup"), "--what speedup", "uniform")
+    expect_error(
+        command("eval/tables.py", runs[0], "--what", "speedup"), "--what speedup", "uniform"
+    )
 
 
 def test_names_tell_runs_apart():
@@ -345,12 +578,21 @@ def test_names_tell_runs_apart():
 
 def test_plots(runs, tmp_path):
     def names(*folders):
-        written = expect_ok(command("eval/plots.py", *folders, "--to", tmp_path / "figures")).split()
+        written = expect_ok(
+            command("eval/plots.py", *folders, "--to", tmp_path / "figures")
+        ).split()
         return written, [path.rsplit("/", 1)[1] for path in written]
+
     assert "weight_by_kind.png" not in names(*runs)[1]
     written, found = names(*runs, make_run(tmp_path / "k", [1.0] * 7, kinds=True, reweight="upper"))
-    assert found == ["weights.png", "loss_curves.png", "weight_by_domain.png", "weight_by_kind.png",
-                     "effective_sample_size.png", "domain_perplexity.png"]
+    assert found == [
+        "weights.png",
+        "loss_curves.png",
+        "weight_by_domain.png",
+        "weight_by_kind.png",
+        "effective_sample_size.png",
+        "domain_perplexity.png",
+    ]
     for path in written:
         with open(path, "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n" and len(file.read()) > 5000
@@ -358,6 +600,7 @@ def test_plots(runs, tmp_path):
 
 def test_smoothing_is_a_centred_mean():
     from eval.plots import smooth
+
     assert smooth([1.0]).tolist() == [1.0] and smooth([]).tolist() == []
     assert smooth([0.0, 3.0, 6.0, 3.0]).tolist() == [1.5, 3.0, 4.0, 4.5]
     ramp = smooth(list(map(float, range(400))))

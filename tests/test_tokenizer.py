@@ -13,13 +13,25 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
+from cli import UserError
+from corpus import tokenizer
 from corpus.documents import Segment, read
-from errors import UserError
 
-TRICKY = ["", " ", "a", "<|endoftext|> is plain text here", "naïve café ☕ 日本語 \U0001f600", "\n\n\t  x  \r\n",
-          "a" * 5000, "don't WE'LL 12345 x=1;\n    return", "\x00\x01", "word " * 1000, "\n" * 300_000 + "x",
-          " " * 300_000, "it's'll'x ''s '\u2009\u3000 re\x85\u2028'd \u0660\u00bd\u0301e"]
+TRICKY = [
+    "",
+    " ",
+    "a",
+    "<|endoftext|> is plain text here",
+    "naïve café ☕ 日本語 \U0001f600",
+    "\n\n\t  x  \r\n",
+    "a" * 5000,
+    "don't WE'LL 12345 x=1;\n    return",
+    "\x00\x01",
+    "word " * 1000,
+    "\n" * 300_000 + "x",
+    " " * 300_000,
+    "it's'll'x ''s '\u2009\u3000 re\x85\u2028'd \u0660\u00bd\u0301e",
+]
 
 
 GPT2 = functools.cache(lambda: tokenizer.load("gpt2"))
@@ -45,13 +57,17 @@ def test_gpt2_ids_equal_tiktokens(plain):
         ids = ours.encode_to_numpy(text)
         assert ids.dtype == np.uint16 and ids.tolist() == plain.encode_ordinary(text)
         assert ours.decode(ids.tolist()) == text
-    assert ours.encode_to_numpy("lone \ud800 surrogate").tolist() == plain.encode_ordinary("lone \ud800 surrogate")
+    assert ours.encode_to_numpy("lone \ud800 surrogate").tolist() == plain.encode_ordinary(
+        "lone \ud800 surrogate"
+    )
 
 
 def test_gpt2_ids_equal_tiktokens_on_real_text(plain, real_text):
     encode, documents = tokenizer.load("gpt2").encode_to_numpy, 0
     for path in sorted((real_text / "validation").glob("*.jsonl.zst")):
-        for _, _, line in read({"source": "files"}, Segment(str(path), "validation", 0, None, path.stat().st_size)):
+        for _, _, line in read(
+            {"source": "files"}, Segment(str(path), "validation", 0, None, path.stat().st_size)
+        ):
             text = json.loads(line)["text"]
             assert encode(text).tolist() == plain.encode_ordinary(text)
             documents += 1
@@ -62,15 +78,45 @@ def test_any_number_of_blanks_before_a_word(plain):
     # plain tiktoken cannot take a million; a run of blanks but its last one is a piece of its own
     encode = GPT2().encode_to_numpy
     for blanks in ("\n" * 1_200_000, "\t " * 700_000):
-        expected = plain.encode_ordinary("a" + blanks[:-1]) + plain.encode_ordinary(blanks[-1] + "word \ufffd")
+        expected = plain.encode_ordinary("a" + blanks[:-1]) + plain.encode_ordinary(
+            blanks[-1] + "word \ufffd"
+        )
         assert encode("a" + blanks + "word \ufffd").tolist() == expected
         assert encode("a" + blanks + "word \ud800").tolist() == expected
         assert encode("b\x1c" + blanks).tolist() == plain.encode_ordinary("b\x1c" + blanks)
 
 
-PARTS = ("'", "s", "ll", "ve", "E", " ", "  ", "\n", "\t", "\r", "\x0b", "\x1c", "\xa0", "\u2003", "\u200b", "\ufeff",
-         "7", "\u0663", "\xb2", "\u2167", "\xe9", "\u0301", "\u4e2d", "\U0001f600", "_", "-", "!!", "\x00",
-         "<|endoftext|>")
+PARTS = (
+    "'",
+    "s",
+    "ll",
+    "ve",
+    "E",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r",
+    "\x0b",
+    "\x1c",
+    "\xa0",
+    "\u2003",
+    "\u200b",
+    "\ufeff",
+    "7",
+    "\u0663",
+    "\xb2",
+    "\u2167",
+    "\xe9",
+    "\u0301",
+    "\u4e2d",
+    "\U0001f600",
+    "_",
+    "-",
+    "!!",
+    "\x00",
+    "<|endoftext|>",
+)
 
 
 @settings(max_examples=1000, derandomize=True, deadline=None)
