@@ -224,6 +224,7 @@ def hub_stream(dataset: str, revision: str | None, split: str) -> Any:
     """A split of a dataset on the Hugging Face hub, or of a local folder laid out like one."""
     import datasets  # only here: it takes a second to import
 
+    datasets.config.TORCH_AVAILABLE = False  # or a stream imports torch, which takes two more
     try:
         return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
     except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached

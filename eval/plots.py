@@ -85,8 +85,8 @@ def loss_charts(columns: Columns) -> list[Chart]:
 
 def training_charts(columns: Columns) -> list[Chart]:
     """Loss, effective sample size, largest weight, and histograms at the last evaluation."""
-    loss = smoothed(over_steps(columns, "train", "loss"))
-    largest = smoothed(over_steps(columns, "train", "max_weight"))
+    loss = over_steps(columns, "train", "loss")
+    largest = over_steps(columns, "train", "max_weight")
     of_losses = histogram_lines(columns, "loss")
     of_weights = histogram_lines(columns, "weight")
     return [
@@ -100,7 +100,7 @@ def training_charts(columns: Columns) -> list[Chart]:
 
 def sample_size_chart(columns: Columns) -> Chart:
     """1 / sum of squared weights, as a share of the global batch."""
-    lines = smoothed(over_steps(columns, "train", "ess"))
+    lines = over_steps(columns, "train", "ess")
     return make_chart("effective sample size (share of the batch)", lines, low=0, high=1.05)
 
 
@@ -152,7 +152,8 @@ def groups_in(columns: Columns, kind: str, key: str) -> tuple[str, ...]:
 def over_steps(columns: Columns, kind: str, *keys: str, default: float | None = None) -> list[Line]:
     """A line per run: the value that its records of this kind have under `keys`, one in another.
 
-    default: where only the last key is absent. A record without a value is left out.
+    default: where only the last key is absent. A record without a value is left out. Values of
+    training become running means.
     """
     lines = []
     for setting, run in runs_in(columns):
@@ -162,6 +163,8 @@ def over_steps(columns: Columns, kind: str, *keys: str, default: float | None = 
             if value is not None:
                 x.append(record["step"])
                 y.append(value)
+        if kind == "train":
+            y = smooth(y)
         lines.append(Line(setting, np.array(x, float), np.array(y, float)))
     return lines
 
@@ -182,10 +185,8 @@ def share_lines(columns: Columns, label: str, group: str) -> list[Line]:
     samples = over_steps(columns, "train", f"samples_by_{label}", group, default=0.0)
     lines = []
     for weight, sample in zip(weights, samples, strict=True):
-        weight_share = smooth(weight.y)
-        sample_share = smooth(sample.y)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = weight_share / sample_share
+            ratio = weight.y / sample.y
         lines.append(Line(weight.setting, weight.x, ratio))
     return lines
 
@@ -224,14 +225,6 @@ def percent_in_bins(histogram: dict, edges: np.ndarray) -> np.ndarray:
     return np.diff(np.interp(edges, own_edges, percent_below))
 
 
-def smoothed(lines: list[Line]) -> list[Line]:
-    result = []
-    for line in lines:
-        y = smooth(line.y)
-        result.append(Line(line.setting, line.x, y))
-    return result
-
-
 def smooth(values: Sequence[float]) -> np.ndarray:
     """Running mean over a twentieth of the values.
 
@@ -249,9 +242,9 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def pyplot():
-    """matplotlib.pyplot for a machine without a screen, in our style, which holds for all figures.
+    """matplotlib.pyplot for a machine without a screen; sets our style, also for Figure itself.
 
-    It is imported here because it is slow and only scripts that call it need it.
+    The import is slow, so it waits for the first figure.
     """
     import matplotlib
 
@@ -302,10 +295,10 @@ def panels(charts: list[Chart], names: list[str], y_label: str) -> Figure:
     figure.supylabel(y_label, fontsize=9)
     settings = sorted(line_of)
     figure.legend(
-        handles=[line_of[i] for i in settings],
-        labels=[names[i] for i in settings],
+        [line_of[i] for i in settings],
+        [names[i] for i in settings],
         loc="outside upper center",
-        ncols=min(4, len(settings)),
+        ncols=min(4, len(names)),
     )
     return figure
 

@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import step
 from cli import UserError, parse
-from corpus.manifest import read_manifest
+from corpus.manifest import DOMAINS, read_manifest
 from data import batches, open_data
 from files import write_text
 from model import GPT, SIZES, GPTConfig
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if not args.data:
                 n_vocab = args.n_vocab or (257 if size == "tiny" else 50257)
-                write_random_shards(Path(folder), len(STRATEGIES), n_vocab)
+                write_random_shards(Path(folder), len(DOMAINS), n_vocab)
             for B in args.micro_batch:
                 sizes = {
                     "data_dir": args.data or folder,
