@@ -297,17 +297,17 @@ def cell(
     values: list[Value], digits: int, sign: str = "", errors: list[float | None] | None = None
 ) -> str:
     """A column's values as text: mean ± standard deviation, one value with its error, or names."""
-    found = numbers(values)
-    if not found:
+    known = numbers(values)
+    if not known:
         names = dict.fromkeys(value for value in values if value is not None)
         return ", ".join(names) or MISSING
-    text = f"{fmean(found):{sign}.{digits}f}"
-    if len(found) > 1:
-        text += f" ± {std(found):.{digits}f}"
+    text = f"{fmean(known):{sign}.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {std(known):.{digits}f}"
     elif len(values) == 1 and errors and errors[0] is not None:
         text += f" ({errors[0]:.{digits}f})"
-    if len(found) < len(values):
-        text += f" ({len(found)} of {len(values)} runs)"
+    if len(known) < len(values):
+        text += f" ({len(known)} of {len(values)} runs)"
     return text
 
 

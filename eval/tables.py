@@ -140,12 +140,12 @@ def as_csv(tables: list[Table]) -> str:
             continue
         for row in table.rows:
             for i, (name, values) in enumerate(zip(table.columns, row.values, strict=True)):
-                found = numbers(values)
-                value = fmean(found) if found else cell(values, row.digits)
-                spread = std(found) if len(found) > 1 else None
+                known = numbers(values)
+                value = fmean(known) if known else cell(values, row.digits)
+                spread = std(known) if len(known) > 1 else None
                 error = row.errors[i][0] if row.errors and len(values) == 1 else None
                 place = [table.what, table.model, row.label, name]
-                writer.writerow([*place, value, spread, error, len(found)])
+                writer.writerow([*place, value, spread, error, len(known)])
     return out.getvalue().rstrip("\n")
 
 
@@ -168,7 +168,7 @@ def parse_args() -> Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write table.md, table.tex and table.csv there instead",
+        help="write table.md, table.tex and table.csv to it instead of printing",
     )
     args = parser.parse_args()
     if args.what is not None:

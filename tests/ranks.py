@@ -140,8 +140,17 @@ def unchecked_space(rank: int) -> None:
     checkpoint.check_space = lambda *_: None
 
 
+def other_flag(rank: int, flag: str) -> None:
+    if rank == 1:
+        sys.argv.append(flag)
+
+
 FAULTS = {
     "slow rank": lambda rank: slow_reads(rank, 4),
     "hanging rank": lambda rank: slow_reads(rank, 600),
     "free space guessed wrong": unchecked_space,
+    "another seed": lambda rank: other_flag(rank, "--seed=7"),
+    "another r": lambda rank: other_flag(rank, "--r=0.5"),
+    "another learning_rate": lambda rank: other_flag(rank, "--learning_rate=0.1"),
+    "another max_steps": lambda rank: other_flag(rank, "--max_steps=4"),
 }

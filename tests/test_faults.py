@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, command, expect_error, expect_ok, free_port
-from fault_worker import Run
+from ranks import Ranks
 from test_train import SMALL, model_of, poisoned, records
 
 import step as step_module

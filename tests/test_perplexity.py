@@ -16,7 +16,7 @@ import data
 from corpus import tokenizer
 from corpus.manifest import read_manifest
 from eval.compare import blocks, bootstrap
-from eval.perplexity import evaluate, validation_windows, window_losses
+from eval.perplexity import evaluate, window_losses
 from model import GPT, GPTConfig
 from runtime import checkpoint
 
@@ -180,7 +180,7 @@ def test_every_stride_scores_the_same_targets_once(
     split = open_split(write_shards(tmp_path_factory.mktemp("d"), tokens, shard_tokens), block_size)
     if not split.n_windows.sum():
         return
-    pairs = validation_windows(split, None)
+    pairs = data.validation_windows(split, None)
     expected = [split.window(*pair)[1:].mean() for pair in pairs]
     got = window_losses(
         Told("target"), split, pairs, batch, "float32", stride=min(stride, block_size)
@@ -190,7 +190,7 @@ def test_every_stride_scores_the_same_targets_once(
 
 def test_a_stride_leaves_at_least_t_minus_stride_tokens_of_context(data_dir):
     split = open_split(data_dir)
-    pairs = validation_windows(split, None)
+    pairs = data.validation_windows(split, None)
     for stride in (1, 4, 8):
         got = window_losses(Told("context"), split, pairs, 3, "float32", stride)
         first = np.isin(np.arange(len(pairs)), [0, 4, 8, 9])  # windows at the start of a shard
@@ -200,7 +200,7 @@ def test_a_stride_leaves_at_least_t_minus_stride_tokens_of_context(data_dir):
 
 def test_the_record_of_training(data_dir):
     split = open_split(data_dir)
-    few, model = validation_windows(split, 2), Told("target").train()
+    few, model = data.validation_windows(split, 2), Told("target").train()
     record = evaluate(model, split, few, 4, "float32")
     assert set(record) == {"domains", "mean_loss", "worst_domain", "val_hash"} and model.training
     assert {key for d in record["domains"].values() for key in d} == {
@@ -214,7 +214,7 @@ def test_the_record_of_training(data_dir):
     assert record["domains"]["arxiv"]["tokens"] == 2 * T
     assert (
         record["val_hash"]
-        != evaluate(model, split, validation_windows(split, None), 4, "float32")["val_hash"]
+        != evaluate(model, split, data.validation_windows(split, None), 4, "float32")["val_hash"]
     )
 
 

@@ -382,9 +382,10 @@ def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_p
     }
     default = TrainConfig()
     assert all(getattr(default, key) != value for key, value in names.items()), names
-    size, strategy = path.removesuffix(".py").split("_")[-2:]
     if path.startswith("gpt2_"):
-        assert names.get("model", "124m") == size and names.get("reweight", "uniform") == strategy
+        size, strategy, *_ = [*path.removesuffix(".py").split("_")[1:], "uniform"]
+        assert names.get("model", "124m") == size
+        assert names.get("reweight", "uniform") == strategy
 
 
 def write(path, text):

@@ -71,8 +71,12 @@ def read_flags(argv: list[str]) -> Namespace:
     parser = new_parser("eval", __doc__)
     parser.add_argument("--data_dir", required=True, help="folder made by prepare_slimpajama.py")
     parser.add_argument("--model", choices=SIZES, default="tiny", help="(default: tiny)")
-    parser.add_argument("--block_size", type=int, default=128, help="tokens (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows (default: 32)")
+    parser.add_argument(
+        "--block_size", type=int, default=128, help="tokens per window (default: 128)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="windows per forward pass (default: 32)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
     args = parser.parse_args(argv)
     if min(args.block_size, args.batch_size, args.rounds) < 1:

@@ -1,4 +1,4 @@
-"""Few-shot scoring, eval/fewshot.py against the harness's own `hf` backend.
+"""Few-shot scoring: eval/fewshot.py against the harness's own `hf` backend.
 
     python scripts/bench.py fewshot                                 # 6 layers, 384 wide: for a CPU
     python scripts/bench.py fewshot --model 124m --batch_size 32    # for a GPU
@@ -16,6 +16,7 @@ import tempfile
 from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ import torch
 
 from cli import UserError
 from corpus import tokenizer
-from eval import fewshot
 from model import GPT, SIZES, GPTConfig
 from scripts.benchmarks.common import (
     default_device,
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 3 or args.batch_size < 1:
         raise UserError(f"--rounds {args.rounds} --batch_size {args.batch_size}: at least 3 and 1")
-    if fewshot.lm_eval is None:
+    if find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed: pip install -r requirements-eval.txt"
         )
@@ -76,6 +76,8 @@ def make_backends(shape: GPTConfig, batch_size: int, device: torch.device) -> tu
     """The same random model behind eval/fewshot.py and behind the harness's hf backend."""
     from lm_eval.models.huggingface import HFLM
 
+    from eval.harness import Harness  # takes seconds and is optional
+
     tokens = tokenizer.load("gpt2")
     torch.manual_seed(0)
     model = GPT(replace(shape, block_size=CONTEXT, vocab_size=tokens.n_vocab))
@@ -83,7 +85,8 @@ def make_backends(shape: GPTConfig, batch_size: int, device: torch.device) -> tu
         model.to_pretrained(tokens.n_vocab, tokens.eot_token).save_pretrained(folder)
         write_tokenizer("gpt2", CONTEXT, Path(folder))
         theirs = HFLM(folder, device=str(device), dtype="float32", batch_size=batch_size)
-    return fewshot.Harness(model.to(device), tokens, batch_size), theirs
+    ours = Harness(model.to(device), tokens, batch_size)
+    return ours, theirs
 
 
 def make_requests() -> dict[str, list]:

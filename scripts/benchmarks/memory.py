@@ -198,8 +198,8 @@ def measure_in_processes(name: str, W: int) -> dict:
 def measure(case: Case) -> dict:
     """Peak of a step and growth of this process in bytes, over making a model and two steps.
 
-    All ranks call it. With FSDP on a CPU, the profiler misses what the threads of gloo free, so that
-    a sum over several steps drifts upwards. The peak is then what parameters and moments hold, and
+    All ranks call it. With FSDP on a CPU, the profiler misses what gloo's threads free, so that a
+    sum over several steps drifts upwards. The peak is then what parameters and moments hold, and
     above it the median peak of three single steps.
     """
     device = default_device()

@@ -59,7 +59,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--input", required=True, help="SlimPajama's schema, train/ and validation/ inside"
     )
-    parser.add_argument("--repeat", type=int, default=1, help="(default: 1)")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="copies of the input to prepare (default: 1)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     args = parser.parse_args(argv)
@@ -218,7 +220,10 @@ def largest_kb(pid: int) -> int:
 
 
 def processor_seconds() -> float:
-    """Seconds of processor time of all children that have ended."""
+    """Seconds of processor time of all children that have ended.
+
+    The children's own children count as well.
+    """
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
