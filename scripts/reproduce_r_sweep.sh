@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# How much the temperature r matters: each strategy with several r against uniform. Large r is close to uniform.
+# How much the temperature r matters: each strategy with several r against uniform. A large r is
+# close to uniform.
 #   bash scripts/reproduce_r_sweep.sh    # data as for reproduce_slimpajama.sh
 # Runs: uniform, and linupper with 6 values of r, x 1 seed (7), at 124m. Hardware: 1 GPU of 24 GB.
 # Tokens: 328M a run, 2.3 billion in all. Time: 5 A100 hours (estimate, as in config/).
 source "$(dirname "$0")/reproduce.sh"
 SEEDS=${SEEDS:-42}
 add "${SIZES:-124m}" uniform
-for r in ${R:-$([ -n "${SMOKE:-}" ] && echo "0.4 4.0" || echo "0.1 0.2 0.4 0.8 1.6 3.2")}; do
-  LABEL=_r$r add "${SIZES:-124m}" "${STRATEGIES:-linupper}" --r "$r"
+all_r="0.1 0.2 0.4 0.8 1.6 3.2"
+[ -z "${SMOKE:-}" ] || all_r="0.4 4.0"
+for r in ${R:-$all_r}; do
+  LABEL=_r$r
+  add "${SIZES:-124m}" "${STRATEGIES:-linupper}" --r "$r"
 done
 finish

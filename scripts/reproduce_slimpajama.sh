@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The main table: perplexity per domain and few-shot scores of four strategies and three sizes, on all seven domains.
-#   python prepare_slimpajama.py --source hub --dataset DKYoon/SlimPajama-6B --out data/slimpajama   # first, once
+# The main table: perplexity per domain and few-shot scores of four strategies and three sizes, on
+# all seven domains. First, once, the data:
+#   python prepare_slimpajama.py --source hub --dataset DKYoon/SlimPajama-6B --out data/slimpajama
 #   bash scripts/reproduce_slimpajama.sh
-# Runs: 3 sizes x 4 strategies x 3 seeds (36). Hardware: 1 GPU of 24 GB for 124m, 4 GPUs of 40 GB for 684m.
+# Runs: 3 sizes x 4 strategies x 3 seeds (36).
+# Hardware: 1 GPU of 24 GB for 124m, 4 GPUs of 40 GB for 684m.
 # Tokens: 328M a run at 124m, 492M at 210m and 684m; 15.7 billion in all.
 # Time: 102 A100 hours of training (estimate, as in config/), the few-shot scores come on top.
 source "$(dirname "$0")/reproduce.sh"

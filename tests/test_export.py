@@ -1,4 +1,4 @@
-"""Weights out to Hugging Face's form and in from it, against transformers and the evaluation harness themselves."""
+"""Weights out to Hugging Face and in from it, against transformers and the evaluation harness."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def export(run_dir, *flags):
 
 
 def write_run(folder, tokens, gpt):
-    """A run folder with one checkpoint of a model with random weights, biases and LayerNorm included."""
+    """A run folder with one checkpoint of a model whose weights are all random."""
     torch.manual_seed(1)
     model = GPT(gpt)
     for p in model.parameters():
@@ -67,7 +67,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf_gpt2(tmp_path_factory):
-    """A GPT-2 made by transformers, of a shape that is none of SIZES, 40 positions, bytes as tokens."""
+    """A GPT-2 of transformers with a shape that is none of SIZES, 40 positions, bytes as tokens."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=257, n_positions=40, n_embd=48, n_layer=3, n_head=4)
     model = transformers.GPT2LMHeadModel(config).eval()

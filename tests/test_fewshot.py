@@ -19,7 +19,8 @@ from runtime import checkpoint
 
 TASKS = ROOT / "tests" / "tasks"
 NAMES = ("where", "letter", "from_nothing", "last_words", "tell", "whole_text")
-# name -> (shape with a padded vocabulary, examples in a prompt); some requests are longer than these contexts
+# name -> (shape with a padded vocabulary, examples in a prompt)
+# Some requests are longer than these contexts.
 MODELS = {
     "gpt2": (GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50304), 2),
     "bytes": (GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320), 0),
@@ -45,7 +46,7 @@ def teach(model, tokens):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder per tokenizer and its export under hf/: gpt2 with random weights, bytes trained a little."""
+    """A run folder per tokenizer, with its export in hf/: gpt2 is random, bytes trained a little."""
     made = {}
     for name, (shape, _) in MODELS.items():
         tokens, folder = tokenizer.load(name), tmp_path_factory.mktemp(name) / "run"
@@ -155,7 +156,8 @@ def test_cuts_are_counted(runs, monkeypatch):
         expected = []
         for sample in done["samples"][task]:
             for context, rest in sample["arguments"]:
-                # as many new tokens as the task asks for must fit; the last token of a choice is only a target
+                # The new tokens that the task asks for must fit; the last token of a choice is
+                # only a target.
                 text, room = (
                     (context, shape.block_size - 14)
                     if task == "tell"

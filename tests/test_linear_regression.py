@@ -46,7 +46,7 @@ def test_gradient_equals_a_loop():
 
 
 def test_same_start_and_same_data():
-    """With r = infinity all strategies are uniform: on the same samples from the same point they coincide."""
+    """With r = infinity all strategies are uniform: on the same samples they coincide."""
     lr = torch.full((len(STRATEGIES), 1), 0.1)
     result = train(replace(BASE, d=6, r=1e9), lr, runs=3, steps=20, seed=0)
     losses = result.losses
@@ -62,7 +62,7 @@ def test_same_start_and_same_data():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_test_loss_is_of_the_training_distribution(name):
-    """The covariance behind the exact test loss is that of the samples drawn; labels are x theta_true and noise."""
+    """The exact test loss has the covariance of the samples; labels are x theta_true and noise."""
     setting, generator = SETTINGS[name], torch.Generator().manual_seed(0)
     theta_true = torch.randn(2000, setting.d, generator=generator)
     x, y = setting.draw(theta_true, generator)

@@ -1,4 +1,4 @@
-"""eval/perplexity.py against plain float64 loops, one window at a time, and against transformers."""
+"""eval/perplexity.py against plain float64 loops over single windows, and against transformers."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def random_tokens(n, seed):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Three domains, one of them in three shards (the last without a window) and one with a single window."""
+    """Three domains: one in three shards, the last without a window; one with a single window."""
     tokens = {
         "arxiv": {"val": random_tokens(170, 1)},
         "c4": {"val": random_tokens(20, 2)},
@@ -61,7 +61,10 @@ def open_split(folder, block_size=T):
 
 
 def reference(losses_of, folder, stride, block_size=T):
-    """{domain: mean loss of each window} by a loop over every shard: losses_of((T,) inputs, (T,) targets) -> (T,)."""
+    """{domain: mean loss of each window} by a loop over every shard.
+
+    losses_of: (T,) inputs, (T,) targets -> (T,).
+    """
     windows = {}
     for domain, splits in read_manifest(folder)["domains"].items():
         for shard in splits["val"]:
@@ -153,7 +156,7 @@ def test_shorter_windows_and_the_default_place(run, data_dir):
 
 
 class Told(torch.nn.Module):
-    """A model whose losses are the target's id (`what` "target") or the number of tokens seen ("context")."""
+    """A model whose loss is the target's id ("target") or the number of tokens seen ("context")."""
 
     def __init__(self, what):
         super().__init__()
@@ -233,7 +236,7 @@ def test_bootstrap_agrees_with_the_normal_interval():
 
 
 def test_intervals_hold_for_neighbours_that_are_alike():
-    """Ten windows a document: intervals as for the documents, not as for ten times as many independent windows."""
+    """With ten windows a document, intervals are those for documents, not for single windows."""
     rng, held = np.random.default_rng(6), 0
     for _ in range(200):
         windows = np.repeat(rng.normal(0, 1, 200), 10) + rng.normal(0, 0.3, 2000)

@@ -1,4 +1,4 @@
-"""Generation with the key-value cache against a loop that computes every token anew, and eval/sample.py."""
+"""Generation with the key-value cache against a loop without one, and eval/sample.py."""
 
 import json
 from dataclasses import asdict, replace
@@ -19,7 +19,10 @@ V = 257
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights with padding rows that would win; in double precision, so that no two logits are nearly equal."""
+    """Random weights, with padding rows that would win.
+
+    In double precision, so that no two logits are nearly equal.
+    """
     torch.manual_seed(0)
     model = GPT(SHAPE).double().eval()
     for name, p in model.named_parameters():

@@ -241,7 +241,8 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
 
 def test_paired_difference_by_hand():
     mean, low, high, p = paired_difference({"a": np.array([1.0, 2, 3, 6]), "b": np.array([0.0, 2])})
-    # blocks (1, 2), (3, 6) are 3 off their expected sums, and blocks (0), (2) are 1 off: variances of the two means
+    # Blocks (1, 2), (3, 6) are 3 off their expected sums, blocks (0), (2) are 1 off: this gives the
+    # variances of the two means.
     error = math.sqrt(2 * 18 / 4**2 + 2 * 2 / 2**2) / 2
     assert (mean, low, high) == pytest.approx((2.0, 2.0 - 1.96 * error, 2.0 + 1.96 * error))
     assert p == pytest.approx(math.erfc(2 / error / 2**0.5)) and 0.02 < p < 0.03
