@@ -1,4 +1,6 @@
-"""Shared by the tests: the root on the path, a small data folder, commands run as a user runs them."""
+"""Shared by the tests: the root on the path, a small data folder, commands run as a user runs
+them.
+"""
 
 import contextlib
 import io
@@ -17,7 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# No network; one thread, so that sums have one order. Set before torch and the hub's library are imported.
+# No network; one thread, so that sums have one order. Set before torch and the hub's library are
+# imported.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HF_DATASETS_OFFLINE="1")
 
 
@@ -115,7 +118,9 @@ def sample_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_text() -> Path:
-    """A folder of real text in SlimPajama's schema, train/ and validation/, from the variable MINI_SLIMPAJAMA."""
+    """A folder of real text in SlimPajama's schema, train/ and validation/, from the variable
+    MINI_SLIMPAJAMA.
+    """
     folder = os.environ.get("MINI_SLIMPAJAMA", "")
     if not Path(folder, "validation").is_dir():
         pytest.skip("MINI_SLIMPAJAMA names no folder with real text")
@@ -125,7 +130,9 @@ def real_text() -> Path:
 def write_shards(
     folder: Path, tokens: dict[str, dict[str, np.ndarray]], shard_tokens: int = 10**9
 ) -> Path:
-    """A data folder with given token streams, through the real writer: {domain: {split: (n,) ids}}."""
+    """A data folder with given token streams, through the real writer: {domain: {split: (n,)
+    ids}}.
+    """
     import json
 
     from corpus import tokenizer

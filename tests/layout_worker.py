@@ -156,7 +156,7 @@ def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
 
 
 def train(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
-    """Losses of AdamW steps, and whether steps with a NaN loss on the last rank changed anything."""
+    """Losses of AdamW steps, and whether steps with a NaN loss changed anything."""
     rank, _, W = distributed.ranks()
     trainer = trainer_of(dropout, B, parallel, reweight="linupper", **settings)
     losses = []

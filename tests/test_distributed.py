@@ -1,4 +1,4 @@
-"""The layout invariant: ranks, accumulation, DDP and FSDP change neither batch, weights nor step."""
+"""The layout invariant: ranks, accumulation, DDP and FSDP change no batch, weight or step."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(results, W, parallel, B):
 @pytest.mark.parametrize("W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
-    """Against the plain step with the same B, with and without dropout; also where a NaN skips it."""
+    """Against the plain step with the same B, with and without dropout; a NaN skips it too."""
     for dropout in (0.0, 0.2):
         expected = results(1)["ddp", 4, "global", dropout]
         got = results(W)[parallel, way, dropout]
@@ -133,7 +133,7 @@ def test_uniform_is_the_plain_mean_bit_for_bit(one):
 
 @pytest.mark.parametrize("W, parallel", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_dropout_noise_does_not_depend_on_ranks(results, W, parallel):
-    """Noise belongs to the micro-batch: with the same B, any split into ranks gives the same step."""
+    """Noise belongs to the micro-batch: with one B, any split into ranks gives one step."""
     expected = results(1)["ddp", 4, "global", 0.2]
     got = results(W)[parallel, 4, "global", 0.2]
     for variant in VARIANTS:

@@ -1,4 +1,5 @@
-"""What breaks in long runs: kills, signals, full disks, damaged files, bad numbers, dead and slow ranks.
+"""What breaks in long runs: kills, signals, full disks, damaged files, bad numbers, dead and slow
+ranks.
 
 The short form kills a few times, `-m long` a hundred; both print how many it survived.
 """
@@ -49,7 +50,9 @@ def files(out):
 
 
 def assert_same_end(a, b):
-    """Parameters, optimizer and logged losses of two finished runs, bit for bit, and no file more or less."""
+    """Parameters, optimizer and logged losses of two finished runs, bit for bit, and no file more
+    or less.
+    """
     assert files(a) == files(b)
     for name in checkpoint.FILES:
         x, y = (
@@ -73,20 +76,14 @@ def assert_same_end(a, b):
 
 @pytest.fixture(scope="module")
 def start(sample_data, tmp_path_factory):
-    """start(out, *flags, ranks=2, fault="") -> a Run that has begun; none is left running."""
+    """start(out, *flags, ranks=2, fault="") -> Ranks; none is left running."""
     runs, logs = [], tmp_path_factory.mktemp("logs")
 
     def begin(out, *flags, ranks=2, fault=""):
-        runs.append(
-            Run(
-                out,
-                ranks,
-                arguments(sample_data, out, *flags),
-                logs / str(len(runs)),
-                free_port(),
-                fault,
-            )
-        )
+        args = arguments(sample_data, out, *flags)
+        log = logs / str(len(runs))
+        runs.append(Ranks(ranks, args, free_port(), log, fault=fault))
+        runs[-1].folder = out
         return runs[-1]
 
     yield begin
@@ -104,11 +101,12 @@ def unbroken(start, tmp_path_factory):
 
 
 def count(times: int, early: float, start, unbroken, out, end) -> None:
-    """End a run `times` times at random moments and start it again; each run that finishes equals the unbroken one.
+    """End a run `times` times at random moments and start it again; each run that finishes equals
+    the unbroken one.
 
-    early: share of the times that come at any moment from the start on; the others wait until a checkpoint is written.
-    end(run) -> whether it survived: it ended as it should, and what is in the folder can be gone on from. A run that
-    was over before is not counted.
+    early: share of the times that come at any moment from the start on; the others wait until a
+    checkpoint is written. end(run) -> whether it survived: it ended as it should, and what is in
+    the folder can be gone on from. A run that was over before is not counted.
     """
     rng, survived, finished, tried = random.Random(1), 0, 0, 0
     while tried < times or finished == 0:
@@ -118,7 +116,7 @@ def count(times: int, early: float, start, unbroken, out, end) -> None:
             if not anywhere:
                 run.wait_for(
                     lambda before=before, run=run: (
-                        newest(out) > before or not run.ranks[0].is_alive()
+                        newest(out) > before or not run.processes[0].is_alive()
                     )
                 )
             time.sleep(rng.uniform(0, 3 if anywhere else 0.6))
@@ -144,7 +142,7 @@ def terminated(run) -> bool:
     run.signal(signal.SIGTERM)
     codes, output = run.wait(30), run.output()
     stopped = re.search(r"stopped by SIGTERM at step (\d+);", output)
-    saved = checkpoint.read_json(checkpoint.find_latest(run.out) / "state.json")["step"]
+    saved = checkpoint.read_json(checkpoint.find_latest(run.folder) / "state.json")["step"]
     return codes == [0, 0] and ("finished" in output or int(stopped[1]) == saved)
 
 
@@ -221,7 +219,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(start, unbroken, tmp_p
         if step == STEPS:
             run = start(out)
             assert run.wait() == [0, 0], run.output()
-            warning = f"warning: {path} is damaged (its sha256 is not the one in state.json); going on from"
+            damage = "is damaged (its sha256 is not the one in state.json)"
+            warning = f"warning: {path} {damage}; going on from"
             assert run.output().count(warning) == 1
             assert_same_end(out, unbroken)
             path.write_bytes(content)
@@ -275,15 +274,15 @@ def test_a_slow_rank_is_named(start, tmp_path):
 
 def test_a_rank_that_hangs_ends_the_others_after_the_time_out(start, tmp_path):
     run = start(tmp_path / "run", "--timeout_s=5", fault="hanging rank")
-    run.wait_for(lambda: not run.ranks[0].is_alive())
-    assert run.ranks[0].exitcode == 1 and "rank 1 is late: reading its batch" in run.output(), (
+    run.wait_for(lambda: not run.processes[0].is_alive())
+    assert run.processes[0].exitcode == 1 and "rank 1 is late: reading its batch" in run.output(), (
         run.output()
     )
     run.signal(
         signal.SIGTERM, 1
     )  # it waits for its data: the first signal waits for the step's end
     time.sleep(2.5)
-    assert run.ranks[1].is_alive()
+    assert run.processes[1].is_alive()
     run.signal(signal.SIGTERM, 1)
     assert run.wait(5)[1] == -signal.SIGTERM
 

@@ -46,7 +46,7 @@ def teach(model, tokens):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder per tokenizer, with its export in hf/: gpt2 is random, bytes trained a little."""
+    """A run folder per tokenizer, with its export in hf/: gpt2 is random, bytes trained."""
     made = {}
     for name, (shape, _) in MODELS.items():
         tokens, folder = tokenizer.load(name), tmp_path_factory.mktemp(name) / "run"

@@ -1,4 +1,6 @@
-"""Any combination of settings ends in a plan (--dry_run, exit code 0) or in one line (exit code 2), no traceback."""
+"""Any combination of settings ends in a plan (--dry_run, exit code 0) or in one line (exit code
+2), no traceback.
+"""
 
 import json
 import shutil

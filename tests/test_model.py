@@ -91,7 +91,9 @@ def test_dropout_works_in_training_only():
 
 
 def step(dropout=0.0, bf16=False, compiled=False, **ways):
-    """Token losses (4, 20) and all gradients of their weighted sum, the weights known only after the forward pass."""
+    """Token losses (4, 20) and all gradients of their weighted sum, the weights known only after
+    the forward pass.
+    """
     torch.manual_seed(0)
     model = GPT(replace(SMALL, dropout=dropout))
     with torch.no_grad():
@@ -120,7 +122,9 @@ def test_losses_in_chunks_equal_the_plain_head(chunk):
 
 
 def test_chunks_in_bfloat16_add_up_in_float32():
-    """512 chunks are as near to the float32 gradient as the plain head; added up in bfloat16 they would not be."""
+    """512 chunks are as near to the float32 gradient as the plain head; added up in bfloat16 they
+    would not be.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 16, generator=generator), torch.randn(32, 16, generator=generator)
     targets = torch.randint(0, 32, (512,), generator=generator)

@@ -1,4 +1,4 @@
-"""A step that does not log never waits for the device: it asks for no tensor's value on the host."""
+"""A step that does not log never waits for the device: it reads no tensor's value on the host."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,9 @@ PAIRS = np.stack([np.arange(G) % len(DOMAINS), np.arange(G)], axis=1)
 
 @pytest.fixture
 def no_values(monkeypatch):
-    """Tensors with a shape but without values: item, tolist, bool, nonzero and masks raise; so do moves to the host."""
+    """Tensors with a shape but without values: item, tolist, bool, nonzero and masks raise; so do
+    moves to the host.
+    """
 
     def refuse(*args, **kwargs):
         raise DataDependentOutputException("a move to the host")
@@ -49,9 +51,7 @@ def one_step(tmp_path, **settings) -> Telemetry:
         loss_chunk=0,
         **settings,
     )
-    shape = GPTConfig(
-        n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=64, dropout=0.1
-    )
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=64, dropout=0.1)
     trainer = Trainer(GPT(shape), settle(config, 1), len(DOMAINS), torch.device("cpu"))
     tokens = torch.zeros(G, T, dtype=torch.long)
     batch = Batch(tokens, tokens, torch.zeros(G, dtype=torch.long), PAIRS)

@@ -1,4 +1,6 @@
-"""Several nodes: two torchrun agents on this machine, joined as two machines would be, and a worker that dies."""
+"""Several nodes: two torchrun agents on this machine, joined as two machines would be, and a
+worker that dies.
+"""
 
 import json
 import os

@@ -35,7 +35,9 @@ def record(i: int) -> dict:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Files of every format, each above the size of a unit, so that all of them are cut where they can be."""
+    """Files of every format, each above the size of a unit, so that all of them are cut where they
+    can be.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     records = [record(i) for i in range(9000)]
     for split, some in (("train", records[:8000]), ("validation", records[8000:])):
@@ -126,9 +128,11 @@ def test_parts_merge_to_the_same(alone, corpus, tmp_path):
 
 
 def survived(corpus, folder, kills: int, seed: int, expected: dict) -> int:
-    """How many of `kills` preparations, killed at a random moment (or one of their workers), came to the same end.
+    """How many of `kills` preparations, killed at a random moment (or one of their workers), came
+    to the same end.
 
-    The same command goes on until it is killed again or done; what is done is checked and begun anew.
+    The same command goes on until it is killed again or done; what is done is checked and begun
+    anew.
     """
     rng, done, good, open_kills, out = random.Random(seed), 0, 0, 0, folder / "0"
     while done < kills or open_kills:
@@ -171,7 +175,9 @@ def test_fifty_kills_lose_nothing(alone, corpus, tmp_path):
 
 
 def test_every_state_can_be_continued(alone, corpus, tmp_path, quick_commits, monkeypatch):
-    """Stop at every commit in turn, with what was written since thrown in as a kill would leave it."""
+    """Stop at every commit in turn, with what was written since thrown in as a kill would leave
+    it.
+    """
     real, left = units.files.write_text, [0]
 
     def write_then_stop(path, text):
@@ -326,7 +332,9 @@ def test_bad_records_are_counted_and_listed(tmp_path):
 
 
 def test_other_corpora_by_schema(tmp_path):
-    """FineWeb's layout: .parquet with text, id, dump, url and so on; one domain, no validation files."""
+    """FineWeb's layout: .parquet with text, id, dump, url and so on; one domain, no validation
+    files.
+    """
     rows = [
         {"text": f"page {i} of the web", "id": str(i), "dump": "CC-MAIN", "score": 0.9}
         for i in range(2000)
@@ -429,7 +437,8 @@ def test_large_documents_need_little_memory(tmp_path, suffix):
         path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
     # Not ru_maxrss: that has what the parent held.
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "import runpy, sys; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
     args = [
@@ -493,7 +502,8 @@ def test_a_tmpfs_that_is_full(alone, corpus, tmp_path):
         filler = small / "filler"
         filler.write_bytes(bytes(20 << 20))
         code = (
-            "import runpy, sys, prepare_slimpajama as p; p.estimate = lambda *_: (0.0, 0.0, 1.0); "  # guessed wrong
+            # guessed wrong
+            "import runpy, sys, prepare_slimpajama as p; p.estimate = lambda *_: (0.0, 0.0, 1.0); "
             "sys.argv = sys.argv[1:]; p.run(p.main)"
         )
         args = [sys.executable, "-c", code, *map(str, arguments(corpus, small / "out"))]

@@ -19,7 +19,8 @@ from reweight import (
 )
 
 STRATEGY_NAMES = list(STRATEGIES)
-# Written again from the paper's table, without the code under test. A new strategy is compared once it is here.
+# Written again from the paper's table, without the code under test. A new strategy is compared
+# once it is here.
 FORMULAS = {
     "uniform": None,
     "linupper": lambda h, delta: min(h + delta, delta),
@@ -35,7 +36,8 @@ def reference(
 ) -> np.ndarray:
     """The formulas sample by sample in float64, written without the code under test.
 
-    cap: of the weights times N, by moving the surplus of capped samples to the others until none is above.
+    cap: of the weights times N, by moving the surplus of capped samples to the others until none
+    is above.
     """
     if strategy == "uniform":
         return np.full(len(losses), 1 / len(losses))
@@ -204,7 +206,9 @@ def test_temperature(losses, strategy):
 @properties
 @given(losses_of_a_batch, st.sampled_from([1.0, 1.2, 2.0, 7.0]))
 def test_capped_weights_are_the_best_ones_under_the_cap(losses, cap):
-    """min(cap, scale * w) with one scale for all: what the optimum of the capped problem looks like."""
+    """min(cap, scale * w) with one scale for all: what the optimum of the capped problem looks
+    like.
+    """
     free = sample_weights(losses, "upper", 0.1)
     capped = sample_weights(losses, "upper", 0.1, max_weight=cap)
     np.testing.assert_allclose(
@@ -227,9 +231,11 @@ def test_a_cap_can_feed_weights_of_zero():
 
 @pytest.mark.parametrize("n", [4, 8, 16, 31])
 def test_one_corrupt_sample(n):
-    """Minmax: one sample of very high loss pushes all others to one end of h, and their weights together.
+    """Minmax: one sample of very high loss pushes all others to one end of h, and their weights
+    together.
 
-    Quantile: their weights keep their spread, and the corrupt one weighs no more than the highest of them.
+    Quantile: their weights keep their spread, and the corrupt one weighs no more than the highest
+    of them.
     """
     losses = torch.linspace(2.5, 3.5, n)
     with_corrupt = torch.cat([losses, torch.tensor([60.0])])

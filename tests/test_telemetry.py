@@ -133,8 +133,8 @@ def test_kinds_of_windows(tmp_path):
     manifest["domains"]["c4"]["train"] = writer.close()
     split = data.Split(tmp_path, manifest, "train", 10)
     assert split.kinds == ("noise", "ordinary") and split.n_windows.tolist() == [4 + 3]
-    # first shard: noise 0-11, ordinary 12-20, none 21-24, noise 25-44; targets of window i: 10 i + 1 to 10 i + 10
-    # second shard: noise 0-19, none 20-31
+    # first shard: noise 0-11, ordinary 12-20, none 21-24, noise 25-44; targets of window i: 10 i +
+    # 1 to 10 i + 10 second shard: noise 0-19, none 20-31
     kinds = split.kind_of(np.array([[0, w] for w in range(7)]))
     assert kinds.tolist() == [0, 1, 0, 0, 0, 0, -1]
     plain = write_shards(tmp_path / "plain", {"c4": {"train": np.arange(50), "val": np.arange(20)}})

@@ -117,7 +117,9 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
 
 
 def test_resume_of_fsdp_and_running_means(sample_data, tmp_path):
-    """Two ranks with FSDP, weights against the domains' running means: broken off at 8, and gone on with at 12."""
+    """Two ranks with FSDP, weights against the domains' running means: broken off at 8, and gone
+    on with at 12.
+    """
     flags = (*TWELVE, "--parallel=fsdp", "--reweight_norm=domain", "--record_samples=3")
     expect_ok(run(sample_data, tmp_path / "a", *flags, ranks=2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -131,7 +133,8 @@ def test_resume_of_fsdp_and_running_means(sample_data, tmp_path):
     assert (tmp_path / "a" / "samples.bin").read_bytes() == (
         tmp_path / "b" / "samples.bin"
     ).read_bytes()
-    # its checkpoint is a whole one: a single process goes on with it, and its losses are those of two ranks
+    # its checkpoint is a whole one: a single process goes on with it, and its losses are those of
+    # two ranks
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000012")
     expect_ok(
         run(sample_data, tmp_path / "b", *flags, "--micro_batch_size=4")
@@ -314,7 +317,9 @@ def test_weight_decay_is_on_matrices_only():
 
 
 def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
-    """A replayed graph writes where the last one wrote; here that memory becomes NaN when a forward pass begins."""
+    """A replayed graph writes where the last one wrote; here that memory becomes NaN when a
+    forward pass begins.
+    """
     from model import GPT, GPTConfig
 
     def after(compiled, steps, state=None):

@@ -1,7 +1,9 @@
-"""Wrong input, a table per command: each ends with one line that names it and exit code 2, never with a traceback.
+"""Wrong input, a table per command: each ends with one line that names it and exit code 2, never
+with a traceback.
 
-The other tests of a command have its wrong inputs too; here is what a stranger does: wrong paths, damaged files,
-numbers out of all range, nonsense in the environment, a disk that is full or may not be written.
+The other tests of a command have its wrong inputs too; here is what a stranger does: wrong paths,
+damaged files, numbers out of all range, nonsense in the environment, a disk that is full or may
+not be written.
 """
 
 import errno
@@ -138,7 +140,9 @@ MANIFESTS = (
 
 
 def linked(source: Path, folder: Path) -> Path:
-    """A data folder with the shards of another, to be damaged: a file that is written anew leaves the other alone."""
+    """A data folder with the shards of another, to be damaged: a file that is written anew leaves
+    the other alone.
+    """
     shutil.copytree(source, folder, copy_function=os.link)
     return folder
 
@@ -774,7 +778,7 @@ SHELL = [  # script, variables, arguments, words of the error
 
 @pytest.mark.parametrize("script, variables, args, words", SHELL, ids=short)
 def test_shell_scripts(script, variables, args, words, tmp_path):
-    """In a copy of the tree whose .venv has a python that does nothing, or fails where PIP is set."""
+    """In a copy whose .venv has a python that does nothing, or fails where PIP is set."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text('python() { [ -z "${PIP:-}" ]; }\n')
