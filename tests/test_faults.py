@@ -350,8 +350,7 @@ def test_a_disk_that_is_full_for_a_checkpoint(start, unbroken, small_disk, guess
         "(0.01 GB are needed; 0.00 GB are free)" in run.output()
     ) == guessed and "GB are free)" in run.output()
     assert (
-        f"the newest there is of step {STEPS - 1}" in run.output()
-        and "Traceback" not in run.output()
+        f"the newest one is of step {STEPS - 1}" in run.output() and "Traceback" not in run.output()
     )
     assert files(out / "checkpoints") == before
     (small_disk / "filler").unlink()
