@@ -4,6 +4,7 @@ A rank starts in a twentieth of a second, and torchrun's would take three. Each 
 that a test can signal and kill. Tests about torchrun itself start the real one.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -40,7 +41,7 @@ class Ranks:
         self.out, err = out, err or out
         for path in (out, err):
             path.write_text("")
-        self.context.set_forkserver_preload(["ranks", "train"])
+        self.context.set_forkserver_preload(["ranks", "train", "torch._dynamo"])
         with pytest.MonkeyPatch.context() as patch:  # the server must find these modules
             patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
             forkserver.ensure_running()
@@ -104,6 +105,7 @@ def rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    gc.freeze()  # the server's modules are not looked through again
     for number, path in ((1, out), (2, err)):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, number)

@@ -87,18 +87,21 @@ def same(a, b):
 def one_node(sample_data, tmp_path_factory):
     """Two workers of one agent."""
     out = tmp_path_factory.mktemp("one") / "run"
-    text = expect_ok(
-        command("train.py", *FLAGS, "--data_dir", sample_data, "--out_dir", out, ranks=2)
-    )
-    assert "gloo, 1 node, " in text
+    expect_ok(command("train.py", *FLAGS, "--data_dir", sample_data, "--out_dir", out, ranks=2))
     return outcome(out)
 
 
+def test_the_doctor_measures_the_network_between_nodes(sample_data, tmp_path):
+    flags = ["--doctor", "--model=tiny", "--device=cpu", "--data_dir", sample_data]
+    flags += ["--out_dir", tmp_path / "run"]
+    speeds = r", .* ms for one number, \d+\.\d\d GB/s through each rank"
+    one = expect_ok(command("train.py", *flags, ranks=2))
+    assert re.search(f"network    gloo, 1 node{speeds}", one) and one.count("network  ") == 1
+    assert re.search(f"network    gloo, 2 nodes{speeds}", two_nodes("train.py", *flags))
+
+
 def test_two_nodes_are_two_workers_of_one(one_node, sample_data, tmp_path):
-    text = two_nodes("train.py", *FLAGS, "--data_dir", sample_data, "--out_dir", tmp_path / "run")
-    assert re.search(
-        r"network    gloo, 2 nodes, .* ms for one number, \d+\.\d\d GB/s through each rank", text
-    )
+    two_nodes("train.py", *FLAGS, "--data_dir", sample_data, "--out_dir", tmp_path / "run")
     same(outcome(tmp_path / "run"), one_node)
 
 
