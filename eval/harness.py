@@ -155,7 +155,8 @@ class Harness(TemplateLM):
         batch: B inputs, the longest first. pairs: (row of the batch, continuation), which ends one
         token after the row's inputs.
         """
-        T, device = len(batch[0]), self._device
+        T = len(batch[0])
+        device = self._device
         padded = [inputs + (0,) * (T - len(inputs)) for inputs in batch]
         idx = torch.tensor(padded, device=device)  # (B, T)
         positions = []
@@ -233,7 +234,8 @@ class Harness(TemplateLM):
         for row, stops in zip(ids.tolist(), stops_of, strict=True):
             new = [value - 1 for value in row if value > 0]
             text = self.tokens.decode([token for token in new if token != self.eot_token_id])
-            texts.append(postprocess_generated_text(text, stops, None))
+            text = postprocess_generated_text(text, stops, None)
+            texts.append(text)
         return texts
 
     def check_generation(self, do_sample: bool, most: int) -> None:
@@ -284,7 +286,8 @@ def on_all_ranks(lm: Harness) -> Iterator[None]:
         if any(frame.f_locals.get("self") is lm for frame in frames):  # raised in our own code
             raise
         reason = what_is_wrong(error)
-    if lm.of_all_ranks(torch.tensor([float(reason is not None)])).item():
+    failed = torch.tensor([float(reason is not None)])
+    if lm.of_all_ranks(failed).item():
         raise UserError(reason or "failed on another rank")
 
 
@@ -374,7 +377,8 @@ def record_of(task: str, values: dict, results: dict, cut: dict[str, list[int]])
     keys = {}  # metric -> its key; with several filters, the first one
     for key in metrics:
         if "_stderr," not in key:
-            keys.setdefault(key.split(",")[0], key)
+            metric, _ = key.split(",", 1)
+            keys.setdefault(metric, key)
     if not keys:
         return None
 
