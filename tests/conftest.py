@@ -24,15 +24,19 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HF_DATASETS_OFFLINE="1")
 
 
-def command(*args, ranks: int = 1, process: bool = False) -> subprocess.CompletedProcess:
+def command(
+    *args, ranks: int = 1, process: bool = False, patch: str = ""
+) -> subprocess.CompletedProcess:
     """`python ARGS` from the root, as a user runs it; several ranks as torchrun would start them.
 
     One rank runs in this process unless `process` asks for its own, and several are forked from a
     server that has imported torch (tests/ranks.py): importing it anew takes three seconds.
+
+    patch: Python statements that each of several ranks runs first.
     """
     args = list(map(str, args))
     if ranks > 1:
-        return run_ranks(args, ranks)
+        return run_ranks(args, ranks, patch)
     if not process:
         return run_here(args)
     return subprocess.run(
@@ -40,21 +44,15 @@ def command(*args, ranks: int = 1, process: bool = False) -> subprocess.Complete
     )
 
 
-def run_ranks(args: list[str], world_size: int) -> subprocess.CompletedProcess:
+def run_ranks(args: list[str], world_size: int, patch: str) -> subprocess.CompletedProcess:
     """The script as several ranks; the output of all, and the exit code of the first to fail."""
     from ranks import Ranks
 
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = Ranks(world_size, args, free_port(), out, err).wait_as_torchrun(300)
+        ranks = Ranks(world_size, args, free_port(), out, err, patch)
+        code = ranks.wait_as_torchrun(300)
         return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
-
-
-def torchrun(*args, ranks: int) -> list[str]:
-    """The command line of the real torchrun on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    # The -- keeps torchrun from taking our flags for abbreviations of its own.
-    return [*launcher, f"--master_port={free_port()}", "--", *map(str, args)]
 
 
 def run_here(args: list[str]) -> subprocess.CompletedProcess:
@@ -163,3 +161,18 @@ def write_shards(
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def changed(content, place: tuple, value):
+    """Nested dictionaries and lists with another value at a place; the value ... removes it."""
+    if not place:
+        return {} if value is ... else value
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    first, *rest = place
+    if rest:
+        copy[first] = changed(content[first], rest, value)
+    elif value is ...:
+        del copy[first]
+    else:
+        copy[first] = value
+    return copy

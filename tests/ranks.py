@@ -24,7 +24,8 @@ class Ranks:
 
     args: the script and its arguments.
     out, err: files that get the output of all ranks; without err, out gets both.
-    fault: a key of FAULTS.
+    patch: Python statements that each rank runs before the script; they see this module's names
+        and `rank`.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -36,16 +37,16 @@ class Ranks:
         port: int,
         out: Path,
         err: Path | None = None,
-        fault: str = "",
+        patch: str = "",
     ):
         self.out, err = out, err or out
         for path in (out, err):
             path.write_text("")
         self.context.set_forkserver_preload(["ranks", "train", "torch._dynamo"])
-        with pytest.MonkeyPatch.context() as patch:  # the server must find these modules
-            patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
+        with pytest.MonkeyPatch.context() as env:  # the server must find these modules
+            env.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
             forkserver.ensure_running()
-        shared = (world_size, [str(arg) for arg in args], port, str(out), str(err), fault)
+        shared = (world_size, [str(arg) for arg in args], port, str(out), str(err), patch)
         self.processes = []
         for rank in range(world_size):
             process = self.context.Process(target=rank_main, args=(rank, *shared), daemon=True)
@@ -93,8 +94,18 @@ class Ranks:
             time.sleep(0.01)
 
 
+def torchrun(out: Path, *args, patch: str = "") -> Ranks:
+    """The real torchrun in a forked process; it starts workers as it always does.
+
+    out: a file for the output of all; wait() gives torchrun's exit code.
+    """
+    import torch.distributed.run
+
+    return Ranks(1, [torch.distributed.run.__file__, *args], 0, out, patch=patch)
+
+
 def rank_main(
-    rank: int, world_size: int, args: list[str], port: int, out: str, err: str, fault: str
+    rank: int, world_size: int, args: list[str], port: int, out: str, err: str, patch: str
 ) -> None:
     """What a rank's process does: set what torchrun would have set, then run the script."""
     os.environ.update(
@@ -111,17 +122,14 @@ def rank_main(
         os.dup2(handle, number)
     os.chdir(ROOT)
     sys.argv = args
-    if fault:
-        FAULTS[fault](rank)
+    exec(patch, {**globals(), "rank": rank})
     runpy.run_path(args[0], run_name="__main__")
 
 
-def slow_reads(rank: int, seconds: float) -> None:
-    """Rank 1 is late with its fifth training batch."""
+def slow_read(seconds: float) -> None:
+    """Make this rank late with its fifth training batch."""
     import data
 
-    if rank != 1:
-        return
     read = data.read_batch
     calls = 0
 
@@ -136,23 +144,17 @@ def slow_reads(rank: int, seconds: float) -> None:
     data.read_batch = slow
 
 
-def unchecked_space(rank: int) -> None:
+def no_check_of_space() -> None:
+    """Let the free space of the disk look sufficient."""
     from runtime import checkpoint
 
     checkpoint.check_space = lambda *_: None
 
 
-def other_flag(rank: int, flag: str) -> None:
-    if rank == 1:
-        sys.argv.append(flag)
+def one_layer() -> None:
+    """Make the model "tiny" smaller: most of a step's time is spent on Python, layer by layer."""
+    from dataclasses import replace
 
+    import model
 
-FAULTS = {
-    "slow rank": lambda rank: slow_reads(rank, 4),
-    "hanging rank": lambda rank: slow_reads(rank, 600),
-    "free space guessed wrong": unchecked_space,
-    "another seed": lambda rank: other_flag(rank, "--seed=7"),
-    "another r": lambda rank: other_flag(rank, "--r=0.5"),
-    "another learning_rate": lambda rank: other_flag(rank, "--learning_rate=0.1"),
-    "another max_steps": lambda rank: other_flag(rank, "--max_steps=4"),
-}
+    model.SIZES["tiny"] = replace(model.SIZES["tiny"], n_layer=1)

@@ -6,9 +6,10 @@ import torch
 from conftest import command, expect_ok, write_shards
 from layout_worker import (
     BATCHES,
+    FEW_VARIANTS,
     LAYOUTS,
+    MICRO_LAYOUTS,
     VARIANTS,
-    WAY_VARIANTS,
     WAYS,
     G,
     expected_losses,
@@ -82,9 +83,9 @@ def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
     for dropout in (0.0, 0.2):
         expected = results(1)["ddp", 4, "global", dropout]
         got = results(W)[parallel, way, dropout]
-        assert_same_steps(got, expected, WAY_VARIANTS)
+        assert_same_steps(got, expected, FEW_VARIANTS)
         if W == 1 and "loss_chunk" not in way:
-            for variant in WAY_VARIANTS:
+            for variant in FEW_VARIANTS:
                 assert torch.equal(got[variant]["gradient"], expected[variant]["gradient"])
     train = results(W)[parallel, way, "train"]
     assert train["unchanged"]
@@ -136,15 +137,13 @@ def test_dropout_noise_does_not_depend_on_ranks(results, W, parallel):
     """Noise belongs to the micro-batch: with one B, any split into ranks gives one step."""
     expected = results(1)["ddp", 4, "global", 0.2]
     got = results(W)[parallel, 4, "global", 0.2]
-    for variant in VARIANTS:
+    for variant in FEW_VARIANTS:
         assert relative(got[variant]["gradient"], expected[variant]["gradient"]) < 1e-6
     without_noise = results(1)["ddp", 4, "global", 0.0]["uniform"]["gradient"]
     assert relative(expected["uniform"]["gradient"], without_noise) > 0.01
 
 
-@pytest.mark.parametrize(
-    "W, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
-)
+@pytest.mark.parametrize("W, parallel", MICRO_LAYOUTS)
 def test_micro_scope_weights_each_micro_step_on_its_own(results, W, parallel):
     got = results(W)[parallel, 4, "micro", 0.0]
     B = 4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.collect_env
 from conftest import ROOT, command, expect_error, expect_ok
 
 from corpus import tokenizer
@@ -27,16 +28,19 @@ MODELS = {
 }
 
 
+TEACHING_STEPS = 250
+REQUESTS = 16  # of each task, of 28
+
+
 def teach(model, tokens):
     """Stories with the right answers, until it ends answers as they do."""
-    stories = [
-        json.loads(line) for line in (TASKS / "stories_train.jsonl").read_text().splitlines()
-    ] * 9
+    lines = (TASKS / "stories_train.jsonl").read_text().splitlines()
+    stories = [json.loads(line) for line in lines] * 9
     text = "\n\n".join(f"{s['story'][-90:]}\nQ: {s['question']}\nA: {s['place']}" for s in stories)
     ids = torch.from_numpy(tokens.encode_to_numpy(text).astype("int64"))
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=250)
-    for _ in range(250):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=TEACHING_STEPS)
+    for _ in range(TEACHING_STEPS):
         batch = torch.stack([ids[i : i + 129] for i in torch.randint(len(ids) - 129, (8,))])
         model(batch[:, :-1], batch[:, 1:]).mean().backward()
         optimizer.step()
@@ -78,6 +82,17 @@ def runs(tmp_path_factory):
     return made
 
 
+# The harness asks for a report on the machine with every evaluation, which takes a second.
+WITHOUT_REPORT = "import torch.utils.collect_env as c; c.get_pretty_env_info = str"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.collect_env, "get_pretty_env_info", str)
+        yield
+
+
 def simple_evaluate(lm, tasks, num_fewshot):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -87,6 +102,7 @@ def simple_evaluate(lm, tasks, num_fewshot):
         lm,
         tasks=list(tasks),
         num_fewshot=num_fewshot,
+        limit=REQUESTS,
         log_samples=True,
         bootstrap_iters=10,
         task_manager=TaskManager(include_path=TASKS, include_defaults=False),
@@ -165,13 +181,12 @@ def test_cuts_are_counted(runs, monkeypatch):
                 )
                 expected.append(max(0, len(lm.tok_encode(text)) - room))
         assert lm.cut[task] == expected and min(expected) < max(expected)
-    assert lm.cut["whole_text"] == [0] * 28
+    assert lm.cut["whole_text"] == [0] * REQUESTS
 
 
 def score(run_dir, *flags, ranks=1):
-    return command(
-        "eval/fewshot.py", "--run", run_dir, "--include_path", TASKS, *flags, ranks=ranks
-    )
+    args = ["eval/fewshot.py", "--run", run_dir, "--include_path", TASKS, *flags]
+    return command(*args, ranks=ranks, patch=WITHOUT_REPORT)
 
 
 @pytest.fixture
@@ -181,10 +196,11 @@ def run_dir(runs, tmp_path):
 
 
 def test_two_ranks_give_the_numbers_of_one(run_dir, tmp_path):
-    flags = ("--tasks", ",".join(NAMES), "--num_fewshot", 1, "--batch_size", 5, "--to")
-    expect_ok(score(run_dir, *flags, tmp_path / "one.json"))
-    shown = expect_ok(score(run_dir, *flags, tmp_path / "two.json", ranks=2))
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    """With 11 requests or more of each task, which two ranks cannot share evenly."""
+    flags = ("--tasks", ",".join(NAMES), "--num_fewshot", 1, "--batch_size", 5, "--limit", 11)
+    expect_ok(score(run_dir, *flags, "--to", tmp_path / "one.json"))
+    shown = expect_ok(score(run_dir, *flags, "--to", tmp_path / "two.json", ranks=2))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two and list(one["tasks"]) == list(NAMES)
     assert shown.count("from_nothing") == 1  # rank 0 alone shows it
 
@@ -237,7 +253,7 @@ def test_a_second_start_scores_what_is_missing(run_dir):
     assert list(json.loads(path.read_text())["tasks"]) == ["where"]
 
 
-def test_groups_have_a_row_of_their_own(run_dir, whole_index):
+def test_groups_have_a_row_of_their_own(run_dir, harness_index):
     expect_ok(score(run_dir, "--tasks", "choosing,where", "--num_fewshot", 0))
     tasks = json.loads((run_dir / "eval" / "fewshot.json").read_text())["tasks"]
     both = [tasks["where"], tasks["letter"]]
@@ -263,31 +279,60 @@ def test_a_hugging_face_folder_scores_like_its_run(run_dir, tmp_path):
     assert json.loads((tmp_path / "hf.json").read_text())["tasks"] == ours
 
 
-@pytest.fixture
-def whole_index(monkeypatch):
-    """The harness's index of all tasks, of which the reading takes seconds, made once."""
+# Folders of lm_eval/tasks that hold fewshot.TASKS: reading all of them takes half a minute.
+FOLDERS = (
+    "arc",
+    "hellaswag",
+    "lambada",
+    "logiqa",
+    "logiqa2",
+    "nq_open",
+    "openbookqa",
+    "piqa",
+    "sciq",
+    "squadv2",
+    "super_glue",
+    "triviaqa",
+    "webqs",
+    "winogrande",
+)
+
+
+@pytest.fixture(scope="module")
+def small_index():
+    """An index of the tasks in FOLDERS and of ours, as the harness makes it of all its tasks."""
     import lm_eval.tasks
 
-    if not INDEX:
-        INDEX.append(lm_eval.tasks.TaskManager(include_path=TASKS))
-    real = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(
-        lm_eval.tasks,
-        "TaskManager",
-        lambda include_path=None, include_defaults=True: (
-            INDEX[0]
-            if include_defaults
-            else real(include_path=include_path, include_defaults=False)
-        ),
-    )
-    return INDEX[0]
+    root = Path(lm_eval.tasks.__file__).parent
+    paths = [TASKS, *(root / name for name in FOLDERS)]
+    return lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
 
 
-INDEX = []
+@pytest.fixture
+def harness_index(small_index, monkeypatch):
+    """The small index in place of the harness's own."""
+    import lm_eval.tasks
+
+    TaskManager = lm_eval.tasks.TaskManager
+
+    def index(include_path=None, include_defaults=True):
+        if include_defaults:
+            return small_index
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", index)
+    return small_index
 
 
-def test_the_harness_has_the_default_tasks(whole_index):
-    assert set(fewshot.TASKS) <= set(whole_index.all_tasks)
+def test_the_harness_has_the_default_tasks(harness_index):
+    assert set(fewshot.TASKS) <= set(harness_index.all_tasks)
+
+
+@pytest.mark.long
+def test_the_whole_harness_has_the_default_tasks():
+    import lm_eval.tasks
+
+    assert set(fewshot.TASKS) <= set(lm_eval.tasks.TaskManager().all_tasks)
 
 
 # what is given (RUN stands for the run) -> words of the one line
@@ -318,7 +363,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("flags, words", WRONG, ids=lambda value: " ".join(value))
-def test_wrong_flags_are_told_in_one_line(runs, whole_index, flags, words):
+def test_wrong_flags_are_told_in_one_line(runs, harness_index, flags, words):
     flags, words = (
         [text.replace("RUN", str(runs["bytes"])) for text in texts] for texts in (flags, words)
     )

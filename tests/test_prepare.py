@@ -41,9 +41,9 @@ def write(path, records=RECORDS):
 
 
 def prepare(out, *args, kind="bytes", source="files"):
-    return command(
-        "prepare_slimpajama.py", "--source", source, "--tokenizer", kind, "--out", out, *args
-    )
+    """With one worker, in this process; tests/test_prepare_parallel.py has several."""
+    flags = ("--source", source, "--tokenizer", kind, "--workers", 1, "--out", out)
+    return command("prepare_slimpajama.py", *flags, *args)
 
 
 def tokens(out, domain, split):
@@ -327,7 +327,7 @@ def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
 
 
 def test_help_lists_every_flag():
-    text = expect_ok(command("prepare_slimpajama.py", "--help", process=True))
+    text = expect_ok(command("prepare_slimpajama.py", "--help"))
     assert all(
         flag in text
         for flag in ("--source", "--input", "--dataset", "--revision", "--split", "--tokenizer")

@@ -27,10 +27,13 @@ NAMES = list(SET_NAMES)
 SCRIPT, GPT2 = "prepare_slimpajama.py", tokenizer.load("gpt2")
 
 
+WORDS = [f"w{i}é" for i in range(1000)]
+
+
 def record(i: int) -> dict:
     rng = random.Random(i)
-    text = " ".join(f"w{rng.randrange(1000)}é" for _ in range(rng.randrange(1, 400))) + f" {i}\n"
-    return {"text": text, "meta": {"redpajama_set_name": NAMES[i % 7]}}
+    text = " ".join(rng.choices(WORDS, k=rng.randrange(1, 400)))
+    return {"text": f"{text} {i}\n", "meta": {"redpajama_set_name": NAMES[i % 7]}}
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +109,9 @@ def test_the_corpus_is_cut_and_whole(alone):
     )  # of the .jsonl, the .jsonl.zst and the .parquet
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_workers_change_nothing(alone, corpus, tmp_path, workers):
-    expect_ok(command(*arguments(corpus, tmp_path, workers=workers), process=True))
+def test_workers_change_nothing(alone, corpus, tmp_path):
+    """Three of them; those that are killed and those on a full disk are two."""
+    expect_ok(command(*arguments(corpus, tmp_path, workers=3), process=True))
     assert contents(tmp_path) == contents(alone)
 
 
@@ -166,7 +169,7 @@ def quick_commits(monkeypatch):
 
 
 def test_kills_lose_nothing(alone, corpus, tmp_path):
-    assert survived(corpus, tmp_path, 5, 1, contents(alone)) == 5
+    assert survived(corpus, tmp_path, 3, 1, contents(alone)) == 3
 
 
 @pytest.mark.long
@@ -243,7 +246,8 @@ def test_two_at_once(corpus, tmp_path):
 def test_limit_takes_the_first_documents(alone, corpus, tmp_path):
     for workers, out in ((1, tmp_path / "1"), (3, tmp_path / "3")):
         limit = ("--max_tokens_per_domain", "1_000_000")
-        expect_ok(command(*arguments(corpus, out, *limit, workers=workers), process=True))
+        args = arguments(corpus, out, *limit, workers=workers)
+        expect_ok(command(*args, process=workers > 1))
         for domain in DOMAINS:
             whole, part = tokens_of(alone, domain, "train"), tokens_of(out, domain, "train")
             after = np.flatnonzero(whole[len(part) :] == 256)[0] + 1
@@ -274,13 +278,12 @@ def test_domains_and_holdout(alone, corpus, tmp_path):
 
 def test_duplicates_go_and_validation_stays(alone, corpus, tmp_path):
     """The corpus holds every training text three times."""
-    for workers, parts in ((1, 1), (2, 1), (1, 2)):
+    for workers, parts in ((1, 1), (2, 2)):
         out = tmp_path / f"{workers}_{parts}"
         for k in range(parts):
             part = ("--part", f"{k + 1}/{parts}") if parts > 1 else ()
-            expect_ok(
-                command(*arguments(corpus, out, "--dedup", *part, workers=workers), process=True)
-            )
+            args = arguments(corpus, out, "--dedup", *part, workers=workers)
+            expect_ok(command(*args, process=workers > 1))
         if parts > 1:
             expect_ok(command(SCRIPT, "--merge", "--out", out))
         whole = tokens_of(alone, "c4", "train")
@@ -427,37 +430,32 @@ def test_pieces_have_the_tokens_of_the_whole(text, size):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_large_documents_need_little_memory(tmp_path, suffix):
-    """30 MB with an emoji: 120 MB as a str, which was made twice; here it stays UTF-8."""
-    text = "A line that is said again and again. 😀\n" * (30_000_000 // 42) + "a" * 1_000_000
-    row = {"text": text, "meta": {"redpajama_set_name": "RedPajamaBook"}}
+    """30 MB with an emoji: 120 MB as a str, which was made twice; now it stays UTF-8.
+
+    With one worker, so that the process whose memory is read does the work.
+    """
+    line = "A line that is said again and again. 😀\n"
+    lines = 30_000_000 // 42
+    end = "a" * 1_000_000
+    row = {"text": line * lines + end, "meta": {"redpajama_set_name": "RedPajamaBook"}}
     path = tmp_path / f"train.{suffix}"
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    # Not ru_maxrss: that has what the parent held.
+    # Not ru_maxrss: that includes what the parent process had.
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
-    args = [
-        SCRIPT,
-        "--source",
-        "files",
-        "--input",
-        path,
-        "--split",
-        "train=train",
-        "--out",
-        tmp_path / "out",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split("peak")[1]) / 1024 < 500
-    expected = GPT2.encode_to_numpy(text)
+    args = [SCRIPT, "--source=files", f"--input={path}", "--split=train=train", "--workers=1"]
+    args += [f"--out={tmp_path}/out"]
+    process = [sys.executable, "-c", code, *args]
+    text = expect_ok(subprocess.run(process, cwd=ROOT, capture_output=True, text=True))
+    assert int(text.split("peak")[1]) / 1024 < 500
+    ids = GPT2.encode_to_numpy(line)
+    expected = np.concatenate([np.tile(ids, lines), GPT2.encode_to_numpy(end)])
     assert np.array_equal(tokens_of(tmp_path / "out", "book", "train")[:-1], expected)
 
 

@@ -31,12 +31,15 @@ def test_equal_ranks_go_on(monkeypatch):
     check_same_on_all_ranks(OWN, "runs/a")
 
 
-@pytest.mark.parametrize("key", ["seed", "r", "learning_rate", "max_steps"])
-def test_two_ranks_with_different_flags(sample_data, tmp_path, key):
+@pytest.mark.parametrize(
+    "key, value", [("seed", 7), ("r", 0.5), ("learning_rate", 0.1), ("max_steps", 4)]
+)
+def test_two_ranks_with_different_flags(sample_data, tmp_path, key, value):
     args = ["train.py", *SMALL, "--max_steps=3", "--data_dir", sample_data]
     args += ["--out_dir", tmp_path / "run"]
     out, err = tmp_path / "out", tmp_path / "err"
-    ranks = Ranks(2, args, free_port(), out, err, fault=f"another {key}")
+    patch = f"if rank == 1: sys.argv.append('--{key}={value}')"
+    ranks = Ranks(2, args, free_port(), out, err, patch)
     assert ranks.wait() == [2, 2]
     lines = [line for line in err.read_text().splitlines() if line.startswith("error")]
     assert len(lines) == 2 and all(f"{key} is " in line for line in lines)

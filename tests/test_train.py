@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+import runpy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import data
 from cli import parse, read_comments
 from corpus.manifest import read_manifest
 from data import Batch, validation_windows
+from model import GPT, SIZES, GPTConfig
 from recipe import TrainConfig, lr_at, r_at
 from reweight import STRATEGIES
 from runtime import checkpoint, telemetry
@@ -31,18 +34,23 @@ SMALL = (
 )
 
 
-def run(sample_data, out, *flags, ranks=1):
-    return command(
-        "train.py", *SMALL, "--data_dir", sample_data, "--out_dir", out, *flags, ranks=ranks
-    )
+TWELVE = (
+    "--max_steps=12",
+    "--checkpoint_interval=4",
+    "--eval_interval=6",
+    "--reweight=linupper",
+    "--dropout=0.1",
+)
+
+
+def run(sample_data, out, *flags, ranks=1, patch=""):
+    args = ["train.py", *SMALL, "--data_dir", sample_data, "--out_dir", out, *flags]
+    return command(*args, ranks=ranks, patch=patch)
 
 
 def records(out, kind):
-    return [
-        r
-        for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        if r["kind"] == kind
-    ]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
 
 
 def without_times(rows):
@@ -53,6 +61,12 @@ def model_of(folder):
     return torch.load(folder / "model.pt", weights_only=True)
 
 
+def assert_same_model(a, b, step):
+    """The checkpoints of two runs at a step hold the same parameters, bit for bit."""
+    a, b = (model_of(checkpoint.checkpoint_folder(out, step)) for out in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.fixture(scope="module")
 def unbroken(sample_data, tmp_path_factory):
     """Twelve steps of linupper with dropout, checkpoints every four."""
@@ -61,103 +75,86 @@ def unbroken(sample_data, tmp_path_factory):
     return out
 
 
-TWELVE = (
-    "--max_steps=12",
-    "--checkpoint_interval=4",
-    "--eval_interval=6",
-    "--reweight=linupper",
-    "--dropout=0.1",
-)
-
-
 def test_run_folder(unbroken):
     config = json.loads((unbroken / "config.json").read_text())
     assert config["reweight"] == "linupper" and config["versions"]["torch"] == torch.__version__
-    assert set(config) >= {f for f in TrainConfig.__dataclass_fields__} | {
-        "git_commit",
-        "command",
-    }
+    assert set(config) >= {*TrainConfig.__dataclass_fields__, "git_commit", "command"}
     rows, evals = records(unbroken, "train"), records(unbroken, "eval")
-    assert [r["step"] for r in rows] == list(range(1, 13)) and [r["step"] for r in evals] == [
-        0,
-        6,
-        12,
-    ]
-    assert all(r["ess"] == pytest.approx(1) for r in rows[:3]) and all(
-        r["ess"] < 0.99 for r in rows[3:]
-    )
-    for r in rows:
-        assert sum(r["weight_by_domain"].values()) == pytest.approx(1, abs=1e-5)
-        assert (
-            r["weighted_loss"] == pytest.approx(r["loss"])
-            if r["step"] <= 3
-            else r["weighted_loss"] > r["loss"]
-        )
-        assert r["tokens"] == r["step"] * 8 * 32
-    assert tuple(evals[0]["domains"]) == data.DOMAINS
-    assert evals[0]["domains"]["book"]["ppl"] == pytest.approx(
-        math.exp(evals[0]["domains"]["book"]["loss"])
-    )
-    assert evals[-1]["mean_loss"] < evals[0]["mean_loss"] - 0.2
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in evals] == [0, 6, 12]
+    for row in rows:
+        assert sum(row["weight_by_domain"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["tokens"] == row["step"] * 8 * 32
+        if row["step"] <= 3:
+            assert row["ess"] == pytest.approx(1)
+            assert row["weighted_loss"] == pytest.approx(row["loss"])
+        else:
+            assert row["ess"] < 0.99
+            assert row["weighted_loss"] > row["loss"]
+    first, last = evals[0], evals[-1]
+    assert tuple(first["domains"]) == data.DOMAINS
+    book = first["domains"]["book"]
+    assert book["ppl"] == pytest.approx(math.exp(book["loss"]))
+    assert last["mean_loss"] < first["mean_loss"] - 0.2
     assert checkpoint.steps(unbroken) == [8, 12]  # keep_checkpoints = 2
     assert not list(unbroken.rglob("*.tmp"))
 
 
 def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_path):
+    """Stopped between step 8 and 12, with lines past 8 written."""
     out = tmp_path / "broken"
     shutil.copytree(unbroken, out)
-    shutil.rmtree(
-        out / "checkpoints" / "step_00000012"
-    )  # stopped between step 8 and 12, with lines past 8 written
+    shutil.rmtree(checkpoint.checkpoint_folder(out, 12))
     assert "resumed from" in expect_ok(run(sample_data, out, *TWELVE))
     for kind in ("train", "eval"):
         assert without_times(records(out, kind)) == without_times(records(unbroken, kind))
-    a, b = (model_of(folder / "checkpoints" / "step_00000012") for folder in (out, unbroken))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_model(out, unbroken, 12)
 
 
-def test_resume_of_fsdp_and_running_means(sample_data, tmp_path):
-    """Two ranks with FSDP, weights against the domains' running means: broken off at 8, and gone
-    on with at 12.
-    """
-    flags = (*TWELVE, "--parallel=fsdp", "--reweight_norm=domain", "--record_samples=3")
-    expect_ok(run(sample_data, tmp_path / "a", *flags, ranks=2))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000012")
-    expect_ok(run(sample_data, tmp_path / "b", *flags, ranks=2))
-    assert without_times(records(tmp_path / "a", "train")) == without_times(
-        records(tmp_path / "b", "train")
+def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch):
+    """Two ranks with FSDP, weights against the domains' running means: stopped at 4 of 8 steps."""
+    flags = (
+        "--max_steps=8",
+        "--checkpoint_interval=4",
+        "--eval_interval=8",
+        "--reweight=linupper",
+        "--dropout=0.1",
+        "--parallel=fsdp",
+        "--reweight_norm=domain",
+        "--record_samples=3",
     )
-    a, b = (model_of(tmp_path / x / "checkpoints" / "step_00000012") for x in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert (tmp_path / "a" / "samples.bin").read_bytes() == (
-        tmp_path / "b" / "samples.bin"
-    ).read_bytes()
-    # its checkpoint is a whole one: a single process goes on with it, and its losses are those of
-    # two ranks
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000012")
-    expect_ok(
-        run(sample_data, tmp_path / "b", *flags, "--micro_batch_size=4")
-    )  # dropout noise belongs to the 4
-    np.testing.assert_allclose(
-        *([r["loss"] for r in records(tmp_path / x, "train")] for x in "ab"), atol=1e-5
-    )
+    a, b = tmp_path / "a", tmp_path / "b"
+    expect_ok(run(sample_data, a, *flags, ranks=2, patch="one_layer()"))
+    shutil.copytree(a, b)
+    shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
+    expect_ok(run(sample_data, b, *flags, ranks=2, patch="one_layer()"))
+    assert without_times(records(a, "train")) == without_times(records(b, "train"))
+    assert_same_model(a, b, 8)
+    assert (a / "samples.bin").read_bytes() == (b / "samples.bin").read_bytes()
+
+    # A checkpoint is a whole one: a single process continues with the losses of two ranks. Dropout
+    # noise belongs to the micro-batch of 4.
+    shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
+    monkeypatch.setitem(SIZES, "tiny", replace(SIZES["tiny"], n_layer=1))
+    expect_ok(run(sample_data, b, *flags, "--micro_batch_size=4"))
+    losses_a, losses_b = ([row["loss"] for row in records(out, "train")] for out in (a, b))
+    np.testing.assert_allclose(losses_a, losses_b, atol=1e-5)
 
 
 def poisoned(monkeypatch, bad):
-    """Make the loss of the samples NaN for which bad(idx of one sample, step so far) says so."""
+    """Make a sample's loss NaN where bad(its tokens, number of the forward pass) is true."""
     import model
 
-    forward, calls = model.GPT.forward, [0]
+    forward = model.GPT.forward
+    calls = 0
 
     def patched(self, idx, targets=None):
+        nonlocal calls
         out = forward(self, idx, targets)
         if self.training:
-            calls[0] += 1
-            out = (
-                out
-                + torch.tensor([math.nan if bad(row, calls[0]) else 0.0 for row in idx])[:, None]
-            )
+            calls += 1
+            addends = [math.nan if bad(row, calls) else 0.0 for row in idx]
+            out = out + torch.tensor(addends)[:, None]
         return out
 
     monkeypatch.setattr(model.GPT, "forward", patched)
@@ -165,18 +162,19 @@ def poisoned(monkeypatch, bad):
 
 def test_a_step_with_a_nan_is_skipped_and_named(sample_data, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda row, call: call == 5 and row[0] % 2 == 0)
+    out = tmp_path / "run"
     flags = ("--max_steps=8", "--reweight=linupper", "--log_interval=4", "--record_samples=1")
-    expect_ok(run(sample_data, tmp_path / "run", *flags))
-    (skip,), rows = records(tmp_path / "run", "skip"), records(tmp_path / "run", "train")
+    expect_ok(run(sample_data, out, *flags))
+    (skip,), rows = records(out, "skip"), records(out, "train")
     assert skip["step"] == 5 and skip["reason"] == "loss" and 0 < len(skip["samples"]) < 8
     split = data.Split(sample_data, read_manifest(sample_data), "train", 32)
     for sample in skip["samples"]:
-        assert split.window(split.domains.index(sample["domain"]), sample["window"])[0] % 2 == 0
-    assert [r["step"] for r in rows] == [4, 8] and all(math.isfinite(r["loss"]) for r in rows)
-    assert all(
-        p.isfinite().all()
-        for p in model_of(tmp_path / "run" / "checkpoints" / "step_00000008").values()
-    )
+        window = split.window(split.domains.index(sample["domain"]), sample["window"])
+        assert window[0] % 2 == 0
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    parameters = model_of(checkpoint.checkpoint_folder(out, 8)).values()
+    assert all(parameter.isfinite().all() for parameter in parameters)
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "extremes"])
@@ -184,32 +182,29 @@ def test_too_many_skipped_steps_stop_the_run_with_the_state_before(
     sample_data, tmp_path, monkeypatch, strategy
 ):
     monkeypatch.setattr(telemetry, "MAX_SKIPPED", 3)
-    flags = ("--eval_interval=100", f"--reweight={strategy}")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    flags = ("--max_steps=12", "--checkpoint_interval=4", "--eval_interval=100")
+    flags += (f"--reweight={strategy}",)
     with monkeypatch.context() as patch:
         poisoned(patch, lambda row, call: call > 6)
-        done = run(
-            sample_data, tmp_path / "run", "--max_steps=30", "--checkpoint_interval=4", *flags
-        )
+        done = run(sample_data, stopped, *flags)
         expect_error(done, "3 steps in a row, from step 7 on", "saved as step 6", "--learning_rate")
-    assert checkpoint.steps(tmp_path / "run") == [4, 6]
-    for name in ("run", "whole"):  # without the NaNs: resumed from step 6, and from the start
-        expect_ok(
-            run(sample_data, tmp_path / name, "--max_steps=30", "--checkpoint_interval=4", *flags)
-        )
-    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 31))
-    a, b = (model_of(tmp_path / x / "checkpoints" / "step_00000030") for x in ("run", "whole"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert checkpoint.steps(stopped) == [4, 6]
+    for out in (stopped, whole):  # without the NaNs: resumed from step 6, and from the start
+        expect_ok(run(sample_data, out, *flags))
+    assert [row["step"] for row in records(stopped, "train")] == list(range(1, 13))
+    assert_same_model(stopped, whole, 12)
 
 
 def test_histograms_and_kinds_are_logged(unbroken):
     rows, histograms = records(unbroken, "train"), records(unbroken, "histogram")
-    assert [h["step"] for h in histograms] == [6, 12] and all(
-        sum(h["loss"]["counts"]) == 48 for h in histograms
-    )
-    assert set().union(*(r["weight_by_kind"] for r in rows)) == {"ordinary", "redundant", "noise"}
-    for r in rows:
-        assert sum(r["weight_by_kind"].values()) == pytest.approx(1, abs=1e-5)
-        assert sum(r["samples_by_kind"].values()) == pytest.approx(1)
+    assert [row["step"] for row in histograms] == [6, 12]
+    assert all(sum(row["loss"]["counts"]) == 48 for row in histograms)
+    kinds = set().union(*(row["weight_by_kind"] for row in rows))
+    assert kinds == {"ordinary", "redundant", "noise"}
+    for row in rows:
+        assert sum(row["weight_by_kind"].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(row["samples_by_kind"].values()) == pytest.approx(1)
 
 
 def test_temperature_schedule():
@@ -220,9 +215,8 @@ def test_temperature_schedule():
     linear = {"r_start": 10.0, "r_steps": 200, "r": 1.0}
     assert [r(s, **linear) for s in (100, 200, 300, 9999)] == pytest.approx([10, 5.5, 1, 1])
     cosine = {**linear, "r_schedule": "cosine"}
-    assert [r(s, **cosine) for s in (100, 150, 200, 300, 9999)] == pytest.approx(
-        [10, 8.682, 5.5, 1, 1], abs=1e-3
-    )
+    values = [r(s, **cosine) for s in (100, 150, 200, 300, 9999)]
+    assert values == pytest.approx([10, 8.682, 5.5, 1, 1], abs=1e-3)
 
 
 def test_a_finished_run_says_so(unbroken, sample_data):
@@ -232,38 +226,24 @@ def test_a_finished_run_says_so(unbroken, sample_data):
 
 
 def test_two_ranks_and_accumulation_train_alike(sample_data, tmp_path):
-    losses = {}
+    losses, evals = {}, {}
     for name, flags, ranks in (("one", (), 1), ("two", ("--micro_batch_size=2",), 2)):
-        expect_ok(
-            run(
-                sample_data,
-                tmp_path / name,
-                "--max_steps=6",
-                "--reweight=quadratic",
-                *flags,
-                ranks=ranks,
-            )
-        )
-        losses[name] = [r["loss"] for r in records(tmp_path / name, "train")]
-        last = records(tmp_path / name, "eval")[-1]
-        losses[name].append(last["mean_loss"])
+        out = tmp_path / name
+        flags = ("--max_steps=6", "--reweight=quadratic", *flags)
+        expect_ok(run(sample_data, out, *flags, ranks=ranks))
+        losses[name] = [row["loss"] for row in records(out, "train")]
+        evals[name] = records(out, "eval")[-1]
     np.testing.assert_allclose(losses["one"], losses["two"], atol=1e-5)
-    assert last["val_hash"] == records(tmp_path / "one", "eval")[-1]["val_hash"]
+    assert evals["one"]["mean_loss"] == pytest.approx(evals["two"]["mean_loss"], abs=1e-5)
+    assert evals["one"]["val_hash"] == evals["two"]["val_hash"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_learns(sample_data, tmp_path, strategy):
-    expect_ok(
-        run(
-            sample_data,
-            tmp_path / "run",
-            "--max_steps=30",
-            f"--reweight={strategy}",
-            "--eval_interval=30",
-        )
-    )
-    evals = records(tmp_path / "run", "eval")
-    assert evals[-1]["mean_loss"] < evals[0]["mean_loss"] - 1.0
+    flags = ("--max_steps=15", "--eval_interval=15", f"--reweight={strategy}")
+    expect_ok(run(sample_data, tmp_path / "run", *flags))
+    first, last = records(tmp_path / "run", "eval")
+    assert last["mean_loss"] < first["mean_loss"] - 1.0
 
 
 def test_validation_windows_are_spread_and_fixed(sample_data):
@@ -274,21 +254,10 @@ def test_validation_windows_are_spread_and_fixed(sample_data):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(sample_data, tmp_path):
-    text = expect_ok(
-        run(
-            sample_data,
-            tmp_path / "run",
-            "--dry_run",
-            "--micro_batch_size=4",
-            "--reweight=linupper",
-        )
-    )
-    for words in (
-        "1 ranks (ddp) x 2 micro-steps x 4 sequences",
-        "first pass",
-        "838,400 parameters",
-    ):
-        assert words in text
+    flags = ("--dry_run", "--micro_batch_size=4", "--reweight=linupper")
+    text = expect_ok(run(sample_data, tmp_path / "run", *flags))
+    assert "1 ranks (ddp) x 2 micro-steps x 4 sequences" in text
+    assert "first pass" in text and "838,400 parameters" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -298,17 +267,12 @@ def test_wandb_offline_needs_no_account(sample_data, tmp_path):
 
 
 def test_learning_rate_schedule():
-    config = TrainConfig()
-    assert lr_at(0, config) == pytest.approx(1e-7) and lr_at(500, config) == pytest.approx(5e-4)
-    assert lr_at(250, config) == pytest.approx(2.5e-4, rel=1e-3)
-    assert lr_at(10_250, config) == pytest.approx(3e-4) and lr_at(20_000, config) == pytest.approx(
-        1e-4
-    )
+    steps = [0, 250, 500, 10_250, 20_000]
+    rates = [lr_at(step, TrainConfig()) for step in steps]
+    assert rates == pytest.approx([1e-7, 2.5e-4, 5e-4, 3e-4, 1e-4], rel=1e-3)
 
 
 def test_weight_decay_is_on_matrices_only():
-    from model import GPT, GPTConfig
-
     model = GPT(GPTConfig(1, 1, 8, 8, 16))
     decayed, free = make_optimizer(model, TrainConfig()).param_groups
     assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.01
@@ -317,80 +281,74 @@ def test_weight_decay_is_on_matrices_only():
 
 
 def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
-    """A replayed graph writes where the last one wrote; here that memory becomes NaN when a
-    forward pass begins.
+    """A replayed CUDA graph writes its gradients where it wrote the last ones.
+
+    In this test that memory becomes NaN when a forward pass begins.
     """
-    from model import GPT, GPTConfig
+    config = TrainConfig(
+        global_batch_size=4,
+        micro_batch_size=2,
+        reweight="linupper",
+        reweight_warmup_steps=0,
+        warmup_steps=0,
+        dtype="float32",
+        loss_chunk=0,
+    )
 
-    def after(compiled, steps, state=None):
-        torch.manual_seed(0)
-        raw, written = GPT(GPTConfig(1, 2, 8, 8, 64)), []
-        monkeypatch.setattr(raw, "compile", lambda mode=None: None)
-        for parameter in (
-            raw.parameters()
-        ):  # the storage alone: a reference to the tensor would make autograd copy it
-            parameter.register_hook(lambda gradient: written.append(gradient.untyped_storage()))
-
-        def forget(*args):
-            while written:
-                written.pop().fill_(255)
-
-        raw.register_forward_pre_hook(forget)
-        config = TrainConfig(
-            global_batch_size=4,
-            micro_batch_size=2,
-            compile=compiled,
-            reweight="linupper",
-            reweight_warmup_steps=0,
-            warmup_steps=0,
-            dtype="float32",
-            loss_chunk=0,
-        )
-        trainer = Trainer(raw, config, 1, torch.device("cpu"))
+    def train(compiled, steps, state=None):
+        """Parameters and moments after the steps, the whole state, and whether a step failed."""
+        raw = model_that_forgets(monkeypatch)
+        trainer = Trainer(raw, replace(config, compile=compiled), 1, torch.device("cpu"))
         if state:
             trainer.load_state(*state)
         for step in steps:
             x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
             trainer.step(step, Batch(x[:, :-1], x[:, 1:], None, None))
-        return trainer.state_dict(), trainer.optimizer.found_inf
+        state = trainer.state_dict()
+        (parameters, optimizer), _ = state
+        return (parameters, optimizer["state"]), state, trainer.optimizer.found_inf
 
-    def same(a, b, atol):  # parameters and moments
-        (a, _), (b, _) = a, b
-        torch.testing.assert_close((a[0], a[1]["state"]), (b[0], b[1]["state"]), atol=atol, rtol=0)
-
-    graphs, skipped = after("graphs", range(3))
-    assert not skipped and after("on", range(3))[1]  # what it is there for
-    resumed, _ = after("graphs", range(2, 3), after("graphs", range(2))[0])
-    same(resumed, graphs, atol=0)
+    unbroken, _, failed = train("graphs", range(3))
+    assert not failed
+    assert train("on", range(3))[2]  # without memory of their own they are lost
+    _, half, _ = train("graphs", range(2))
+    resumed, _, _ = train("graphs", range(2, 3), half)
+    torch.testing.assert_close(resumed, unbroken, atol=0, rtol=0)
     monkeypatch.setattr(torch.UntypedStorage, "fill_", lambda *args: None)
-    same(graphs, after("off", range(3))[0], atol=1e-6)
+    plain, _, _ = train("off", range(3))
+    torch.testing.assert_close(unbroken, plain, atol=1e-6, rtol=0)
+
+
+def model_that_forgets(monkeypatch):
+    """A small model, not compiled; each forward pass turns the last gradients' memory into NaN."""
+    torch.manual_seed(0)
+    raw = GPT(GPTConfig(1, 2, 8, 8, 64))
+    monkeypatch.setattr(raw, "compile", lambda mode=None: None)
+    written = []
+    # The storage alone: with a reference to the tensor, autograd would copy it.
+    for parameter in raw.parameters():
+        parameter.register_hook(lambda gradient: written.append(gradient.untyped_storage()))
+
+    def forget(*args):
+        while written:
+            written.pop().fill_(255)
+
+    raw.register_forward_pre_hook(forget)
+    return raw
 
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "config").glob("*.py")))
 def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_path):
-    expect_ok(
-        command(
-            "train.py",
-            f"config/{path}",
-            "--data_dir",
-            sample_data,
-            "--out_dir",
-            tmp_path,
-            "--dry_run",
-            "--device=cpu",
-        )
-    )
-    names = {
-        k: v
-        for k, v in __import__("runpy").run_path(f"{ROOT}/config/{path}").items()
-        if not k.startswith("_")
-    }
+    args = ["train.py", f"config/{path}", "--data_dir", sample_data, "--out_dir", tmp_path]
+    expect_ok(command(*args, "--dry_run", "--device=cpu"))
+    names = runpy.run_path(f"{ROOT}/config/{path}")
+    values = {name: value for name, value in names.items() if not name.startswith("_")}
     default = TrainConfig()
-    assert all(getattr(default, key) != value for key, value in names.items()), names
+    assert all(getattr(default, key) != value for key, value in values.items()), values
     if path.startswith("gpt2_"):
         size, strategy, *_ = [*path.removesuffix(".py").split("_")[1:], "uniform"]
-        assert names.get("model", "124m") == size
-        assert names.get("reweight", "uniform") == strategy
+        assert values.get("model", "124m") == size
+        assert values.get("reweight", "uniform") == strategy
 
 
 def write(path, text):
@@ -472,24 +430,22 @@ def test_wrong_data(tmp_path):
 
 
 def test_later_config_files_and_flags_win(sample_data, tmp_path):
-    a, b = write(tmp_path / "a.py", "r = 0.1\nseed = 5\n"), write(tmp_path / "b.py", "r = 0.2\n")
+    a = write(tmp_path / "a.py", "r = 0.1\nseed = 5\n")
+    b = write(tmp_path / "b.py", "r = 0.2\n")
     config = parse(TrainConfig, "", [str(a), str(b), "--seed=7", "--reweight", "upper"])
     assert (config.r, config.seed, config.reweight) == (0.2, 7, "upper")
 
 
 def test_checkpoint_of_another_run(unbroken, sample_data, tmp_path):
-    expect_error(
-        run(sample_data, unbroken, *TWELVE, "--model=124m"),
-        "another run",
-        "model tiny there, 124m here",
-    )
-    expect_error(
-        run(sample_data, unbroken, *TWELVE, "--r=0.9"), "r 0.4 there, 0.9 here", "--out_dir"
-    )
-    expect_error(run(sample_data, unbroken, *TWELVE, "--resume=never"), "already holds a run")
-    expect_error(run(sample_data, unbroken, *TWELVE, "--max_steps=6"), "past --max_steps 6")
+    def fails(flag, *words):
+        expect_error(run(sample_data, unbroken, *TWELVE, flag), *words)
+
+    fails("--model=124m", "another run", "model tiny there, 124m here")
+    fails("--r=0.9", "r 0.4 there, 0.9 here", "--out_dir")
+    fails("--resume=never", "already holds a run")
+    fails("--max_steps=6", "past --max_steps 6")
+    fails("--out_dir=/dev/null", "/dev/null")
     expect_error(command("eval/perplexity.py", "--run", tmp_path), "no checkpoint")
-    expect_error(run(sample_data, "/dev/null", *TWELVE), "/dev/null")
 
 
 def test_a_run_stopped_before_its_first_checkpoint(sample_data, tmp_path):
@@ -504,50 +460,40 @@ def test_a_run_stopped_before_its_first_checkpoint(sample_data, tmp_path):
 
 
 def test_micro_scope_keeps_who_is_weighted_with_whom(sample_data, tmp_path):
+    out = tmp_path / "run"
     flags = ("--reweight=linupper", "--reweight_scope=micro")
-    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2", "--micro_batch_size=4", *flags))
-    expect_error(
-        run(sample_data, tmp_path / "run", "--max_steps=4", "--micro_batch_size=2", *flags),
-        "samples weighted together 4 there, 2 here",
-    )
-    done = run(
-        sample_data, tmp_path / "run", "--max_steps=4", "--micro_batch_size=2", *flags, ranks=2
-    )
-    assert "--max_steps was 2" in expect_ok(done)
+    expect_ok(run(sample_data, out, *flags, "--max_steps=2", "--micro_batch_size=4"))
+    flags += ("--max_steps=4", "--micro_batch_size=2")
+    words = "samples weighted together 4 there, 2 here"
+    expect_error(run(sample_data, out, *flags), words)
+    assert "--max_steps was 2" in expect_ok(run(sample_data, out, *flags, ranks=2))
 
 
 def test_damaged_checkpoints(unbroken, sample_data, tmp_path):
-    shutil.copytree(unbroken, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints" / "step_00000012"
-    shutil.copytree(
-        folder, folder.with_name("step_00000012_backup")
-    )  # a user's copy is no checkpoint of ours
-    assert checkpoint.steps(tmp_path / "run") == [8, 12]
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    folder = checkpoint.checkpoint_folder(out, 12)
+    # A user's copy is no checkpoint of ours.
+    shutil.copytree(folder, folder.with_name("step_00000012_backup"))
+    assert checkpoint.steps(out) == [8, 12]
     content = (folder / "model.pt").read_bytes()
     for damaged in (content[:5000], b"", b"\x80garbage"):
         (folder / "model.pt").write_bytes(damaged)
-        expect_error(
-            command("eval/perplexity.py", "--run", tmp_path / "run"),
-            "model.pt is damaged",
-            "remove",
-        )
+        done = command("eval/perplexity.py", "--run", out)
+        expect_error(done, "model.pt is damaged", "remove")
     (folder / "model.pt").unlink()
-    assert "model.pt is missing; going on from" in expect_ok(
-        run(sample_data, tmp_path / "run", *TWELVE)
-    )
-    assert checkpoint.steps(tmp_path / "run") == [8, 12]
+    text = expect_ok(run(sample_data, out, *TWELVE))
+    assert "model.pt is missing; going on from" in text
+    assert checkpoint.steps(out) == [8, 12]
     for text in ("", "{", "[]", "{}"):
         (folder / "state.json").write_text(text)
-        done = run(sample_data, tmp_path / "run", *TWELVE, "--dry_run")
-        assert "state.json" in done.stdout and "going on from" in expect_ok(done)
+        said = expect_ok(run(sample_data, out, *TWELVE, "--dry_run"))
+        assert "state.json" in said and "going on from" in said
 
 
 def test_checkpoint_of_another_model(unbroken):
-    from model import SIZES
-
-    with pytest.raises(
-        checkpoint.UserError, match="another model: .*vocab_size 320 there, 50257 here"
-    ):
+    words = "another model: .*vocab_size 320 there, 50257 here"
+    with pytest.raises(checkpoint.UserError, match=words):
         checkpoint.read_tensors(checkpoint.find_latest(unbroken), SIZES["tiny"])
 
 
@@ -560,9 +506,8 @@ def test_checkpoints_run_no_code(unbroken, tmp_path):
 
     torch.save({"wte.weight": Evil()}, tmp_path / "c" / "model.pt")
     state = json.loads((tmp_path / "c" / "state.json").read_text())
-    state["sha256"]["model.pt"] = hashlib.sha256(
-        (tmp_path / "c" / "model.pt").read_bytes()
-    ).hexdigest()
+    content = (tmp_path / "c" / "model.pt").read_bytes()
+    state["sha256"]["model.pt"] = hashlib.sha256(content).hexdigest()
     (tmp_path / "c" / "state.json").write_text(json.dumps(state))
     with pytest.raises(checkpoint.UserError, match="more than tensors"):
         checkpoint.load_model(tmp_path / "c")
@@ -572,7 +517,7 @@ def test_checkpoints_run_no_code(unbroken, tmp_path):
 def test_help_lists_every_key_with_a_text():
     help_texts, groups = read_comments(TrainConfig)
     assert help_texts.keys() == TrainConfig.__dataclass_fields__.keys()
-    text = expect_ok(command("train.py", "--help", process=True))
+    text = expect_ok(command("train.py", "--help"))
     for name, help_text in help_texts.items():
         assert f"--{name} " in text
         assert help_text in " ".join(text.split())
