@@ -215,4 +215,4 @@ def describe_mixture(config: TrainConfig, data: RunData) -> str:
     for i, domain in enumerate(data.train.domains):
         if p := data.sampler.weights[i]:
             domains.append(f"{domain} {p:.3f} x {samples / data.train.n_windows[i]:.2f}")
-    return f"{config.mixture} (probability x windows drawn / windows there): {', '.join(domains)}"
+    return f"{config.mixture} (probability x windows drawn / windows available): {', '.join(domains)}"
