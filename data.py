@@ -60,6 +60,7 @@ class Split:
     def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
         self.block_size = block_size
         self.n_vocab = manifest["tokenizer"]["n_vocab"]
+        self.eot_token = manifest["tokenizer"]["eot_token"]  # the last token of each document
         self.held_out = manifest["source"].get("holdout", [])  # domains with validation text only
         shards = {
             domain: splits[split]
@@ -220,15 +221,21 @@ def mixture_weights(name: str, split: Split) -> np.ndarray:
 class DomainSampler:
     """Which windows each step trains on: a function of (seed, mixture, data, step) alone.
 
-    Every sample's domain is drawn independently from the mixture. Within a domain, windows come in
-    a seeded pseudo-random order without replacement, epoch after epoch, by a permutation that
-    needs no table.
+    Every sample's domain is drawn independently from the mixture. Within a domain, windows come
+    without replacement, epoch after epoch: in a seeded pseudo-random order, by a permutation that
+    needs no table, or (order "file") one after the other.
     """
 
     def __init__(
-        self, weights: np.ndarray, n_windows: np.ndarray, global_batch_size: int, seed: int
+        self,
+        weights: np.ndarray,
+        n_windows: np.ndarray,
+        global_batch_size: int,
+        seed: int,
+        order: str = "shuffled",
     ):
-        self.n_windows, self.global_batch_size, self.seed = n_windows, global_batch_size, seed
+        self.n_windows, self.global_batch_size = n_windows, global_batch_size
+        self.seed, self.order = seed, order
         self.weights = weights  # (D,)
         self.cumulative = np.cumsum(weights)
         last_domain = np.flatnonzero(weights)[-1]
@@ -263,6 +270,8 @@ class DomainSampler:
         """The windows of a domain's samples, numbered from the start of training."""
         n = int(self.n_windows[domain])
         epoch, position = np.divmod(numbers, n)
+        if self.order == "file":
+            return position
         windows = [permute(position[epoch == e], n, self.seed, domain, e) for e in np.unique(epoch)]
         return np.concatenate(windows)
 
@@ -270,8 +279,12 @@ class DomainSampler:
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
     """Entries `index` of a pseudo-random permutation of range(n).
 
-    A four-round Feistel network with cycle walking: no table, whatever n.
+    A four-round Feistel network with cycle walking: no table, however large n is. Of the orders of
+    few windows it reaches only some, so there is a table for n < 17.
     """
+    if n < 17:
+        words = np.random.SeedSequence(key).generate_state(n, np.uint64)
+        return np.argsort(words, kind="stable")[index]
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     round_keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
@@ -357,13 +370,14 @@ def open_data(
     global_batch_size: int,
     seed: int,
     eval_windows: int,
+    data_order: str = "shuffled",
 ) -> RunData:
     """The data of a run; UserError where the folder is damaged or lacks what the mixture draws."""
     manifest = read_manifest(data_dir)
     train = Split(data_dir, manifest, "train", block_size)
     val = Split(data_dir, manifest, "val", block_size)
     weights = mixture_weights(mixture, train)
-    sampler = DomainSampler(weights, train.n_windows, global_batch_size, seed)
+    sampler = DomainSampler(weights, train.n_windows, global_batch_size, seed, data_order)
     return RunData(manifest, train, val, validation_windows(val, eval_windows), sampler)
 
 

@@ -1,77 +1,75 @@
-"""Statistics of evaluations: confidence intervals, paired tests, and the speed-up over uniform.
-
-M validation windows of a domain, in the order of its text, in B blocks; D domains.
-"""
+"""Statistics of evaluations: confidence intervals, paired tests, and the speed-up over uniform."""
 
 import math
 from itertools import pairwise
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 NOT_REACHED = "not reached"
+TOO_FEW = "too few to tell"  # documents, for an interval
 
 
-def blocks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(M,) -> (B,) sums and (B,) counts of about sqrt(M) blocks of about sqrt(M) windows each.
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval and the two-sided p of the hypothesis that it is zero.
 
-    Neighboring windows are often of one document, and then alike: taken one by one, they give
-    standard errors that are 1.1 to 3.7 times too small on real text. Long blocks are nearly
-    independent.
+    The ends and p are nan where there are too few documents to tell.
     """
-    n_blocks = max(math.isqrt(len(values)), min(2, len(values)))
-    parts = np.array_split(values, n_blocks)
-    sums = np.array([part.sum() for part in parts])
-    counts = np.array([len(part) for part in parts])
-    return sums, counts
+
+    mean: float
+    low: float
+    high: float
+    p: float
 
 
-def bootstrap(windows: dict[str, np.ndarray], resamples: int = 1000) -> np.ndarray:
-    """(M,) losses per domain -> (D + 1, 2): 95 % intervals of the domains' means and their average.
+def estimate(domains: list[np.ndarray]) -> Estimate:
+    """(K, 2) nats and targets of the documents of each domain -> average of the domains' means.
 
-    It resamples blocks of windows. The interval covers the choice of validation text, not what
-    another training seed would give.
+    Nats may be a model's, or the difference of two models on the same documents. A domain's mean is
+    per target. The interval is Student's t with Satterthwaite's degrees of freedom over domains.
+
+    It holds where documents are independent draws and none outweighs the others in what it adds;
+    rare documents with extreme losses make it too narrow (EXPERIMENTS.md has its coverage on real
+    text). It covers the choice of validation text. It does not cover what other training seeds
+    would give, however many seeds the nats were averaged over: the standard deviation over seeds
+    covers that.
     """
-    rng = np.random.default_rng(0)
-    means = []
-    for values in windows.values():
-        sums, counts = blocks(values)
-        drawn = rng.integers(len(sums), size=(resamples, len(sums)))
-        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    average = np.mean(means, axis=0)
-    return np.quantile([*means, average], [0.025, 0.975], axis=1).T
+    means, variances, dfs = zip(*map(mean_of_documents, domains), strict=True)
+    mean = fmean(means)
+    variance, df = sum(variances), math.nan
+    if variance > 0:
+        df = variance**2 / sum(v**2 / df for v, df in zip(variances, dfs, strict=True))
+    elif variance == 0:
+        df = min(dfs)
+    if not df >= 1:  # also where it is nan
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    error = math.sqrt(variance) / len(domains)
+    if error == 0:
+        return Estimate(mean, mean, mean, float(mean == 0))
+    half = stdtrit(df, 0.975) * error
+    p = 2 * stdtr(df, -abs(mean) / error)
+    return Estimate(mean, mean - half, mean + half, float(p))
 
 
-def paired_difference(differences: dict[str, np.ndarray]) -> tuple[float, float, float, float]:
-    """(M,) loss differences of two models on the same windows, per domain -> mean, interval, p.
+def mean_of_documents(documents: np.ndarray) -> tuple[float, float, float]:
+    """(K, 2) nats and targets -> mean per target, its variance, and the variance's freedom.
 
-    Returns the mean, the two ends of its 95 % interval, and the two-sided p. The mean is the plain
-    average of the domains' means. Its variance is the sum of the variances of these means,
-    estimated from blocks, over D^2: a stratified z test, slightly too confident below about 20
-    windows per domain; nan with one window.
-
-    The test covers which text is in the validation set. It does not cover what other training seeds
-    would give, however many seeds the differences were averaged over; the standard deviation over
-    seeds covers that.
+    The tokens of one document are alike, and a long one fills many windows: so whole documents are
+    left out, one at a time (jackknife). With documents of different lengths, the variance rests
+    on the long ones: its degrees of freedom are those of as many equal ones, less 1. A variance of
+    nan or 0 degrees says that one document has all of the text, or nearly all.
     """
-    mean = fmean(values.mean() for values in differences.values())
-    variance = 0.0
-    for values in differences.values():
-        sums, counts = blocks(values)
-        n = len(sums)
-        deviations = sums - values.mean() * counts
-        of_sum = (deviations**2).sum()
-        correction = n / (n - 1) if n > 1 else math.nan
-        variance += of_sum / len(values) ** 2 * correction
-    error = math.sqrt(variance) / len(differences)
-    if error:
-        z = abs(mean) / error
-        p = math.erfc(z / math.sqrt(2))
-    else:
-        p = float(mean == 0)
-    low = mean - 1.96 * error
-    high = mean + 1.96 * error
-    return mean, low, high, p
+    nats, targets = documents.T.astype(np.float64)
+    total = targets.sum()
+    mean = nats.sum() / total
+    if len(targets) < 2:
+        return mean, math.nan, math.nan
+    shifts = (nats - mean * targets) / (total - targets)  # mean minus the mean without a document
+    variance = (len(targets) - 1) / len(targets) * (shifts**2).sum()
+    df = (targets**2).sum() ** 2 / (targets**4).sum() - 1
+    return mean, variance, max(df, 1e-3)
 
 
 def steps_to(loss: float, evals: list[dict]) -> float | None:

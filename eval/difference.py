@@ -8,7 +8,7 @@ import numpy as np
 
 from cli import UserError
 from eval import perplexity
-from eval.compare import paired_difference
+from eval.compare import TOO_FEW, estimate
 from eval.runs import (
     Column,
     Row,
@@ -27,17 +27,17 @@ TABLES = {
 }
 NOTE = (
     "Nats per token, against the uniform run of the same seed and settings. Interval and p: paired "
-    "z test over blocks of validation windows; they cover the choice of text, not of training "
-    "seeds, and two seeds of one setting can differ significantly."
+    "t test over validation documents; they cover the choice of text, not of training seeds, and "
+    "two seeds of one setting can differ significantly."
 )
 Pairs = dict[RunFolder, RunFolder]  # a run -> the uniform run that it is compared with
-Windows = dict[str, np.ndarray]  # domain -> (M,) float64 loss of each of its windows
+Documents = dict[str, np.ndarray]  # domain -> (K, 2) nats and targets of each of its documents
 
 
-def read(run: RunFolder) -> Windows | None:
-    """The loss of each validation window, which stands beside the run's perplexity.json.
+def read(run: RunFolder) -> Documents | None:
+    """The losses of the validation documents, from the file beside the run's perplexity.json.
 
-    None, and a line on standard error, where there is no such file.
+    None, and a line on standard error, where there is no such file or it has none.
     """
     result = perplexity.read(run)
     path = perplexity.windows_path(Path(run.path) / "eval" / perplexity.RESULT)
@@ -47,14 +47,20 @@ def read(run: RunFolder) -> Windows | None:
         return None
     try:
         with np.load(path) as saved:
-            windows = {domain: saved[domain].astype(np.float64) for domain in result["domains"]}
+            if not any(name.startswith("documents/") for name in saved):
+                print(
+                    f"{path} is of an earlier version, so no paired test; {again}", file=sys.stderr
+                )
+                return None
+            documents = {domain: saved[f"documents/{domain}"] for domain in result["domains"]}
     except Exception as error:  # a damaged archive makes the reader raise anything
         raise UserError(f"{path} cannot be read ({type(error).__name__}); {again}") from None
-    for domain, values in windows.items():
+    for domain, of_domain in documents.items():
+        nats, targets = of_domain.sum(0)
         loss = result["domains"][domain]["loss"]
-        if not np.isclose(values.mean(), loss, rtol=1e-5, equal_nan=True):
+        if not np.isclose(nats / targets, loss, rtol=1e-5, equal_nan=True):
             raise UserError(f"{path} is not of the same evaluation as perplexity.json; {again}")
-    return windows
+    return documents
 
 
 def tables(runs: list[RunFolder]) -> list[Table]:
@@ -66,7 +72,7 @@ def tables(runs: list[RunFolder]) -> list[Table]:
         if run in results and uniform in results:
             pairs[run] = uniform
     compared = {*pairs, *pairs.values()}
-    windows = {run: read(run) for run in runs if run in compared}
+    documents = {run: read(run) for run in runs if run in compared}
 
     gaps = []
     for label, losses in perplexity.rows_of(results, "loss")[:-2]:  # without the worst domain
@@ -77,7 +83,7 @@ def tables(runs: list[RunFolder]) -> list[Table]:
         gaps.append((label, gap))
 
     by_size = compared_columns(settings, set(pairs))
-    return [table(size, columns, gaps, pairs, windows) for size, columns in by_size.items()]
+    return [table(size, columns, gaps, pairs, documents) for size, columns in by_size.items()]
 
 
 def table(
@@ -85,7 +91,7 @@ def table(
     columns: list[Column],
     gaps: list[tuple[str, dict[RunFolder, float]]],
     pairs: Pairs,
-    windows: dict[RunFolder, Windows | None],
+    documents: dict[RunFolder, Documents | None],
 ) -> Table:
     rows = []
     for label, gap in gaps:
@@ -95,11 +101,11 @@ def table(
 
     intervals, ps = [], []
     for column in columns:
-        interval, p = interval_and_p(column, pairs, windows)
+        interval, p = interval_and_p(column, pairs, documents)
         intervals.append([interval])
         ps.append([p])
-    rows.append(Row("95 % interval (windows)", intervals, best=None, is_summary=True))
-    rows.append(Row("p (windows)", ps, best=None, is_summary=True))
+    rows.append(Row("95 % interval (documents)", intervals, best=None, is_summary=True))
+    rows.append(Row("p (documents)", ps, best=None, is_summary=True))
     return Table(
         what="difference",
         title=f"Loss minus uniform, {size}",
@@ -112,17 +118,18 @@ def table(
 
 
 def interval_and_p(
-    column: Column, pairs: Pairs, windows: dict[RunFolder, Windows | None]
+    column: Column, pairs: Pairs, documents: dict[RunFolder, Documents | None]
 ) -> tuple[str | None, str | None]:
-    """Interval and p of a column, seeds averaged window by window; None without the windows."""
-    paired = [(windows[run], windows[pairs[run]]) for run in column.runs if run in pairs]
+    """Interval and p of a column, seeds averaged document by document; None without documents."""
+    paired = [(documents[run], documents[pairs[run]]) for run in column.runs if run in pairs]
     if not paired or any(own is None or uniform is None for own, uniform in paired):
         return None, None
-    differences = {}
-    for domain in paired[0][0]:
-        of_seeds = [own[domain] - uniform[domain] for own, uniform in paired]
-        differences[domain] = np.mean(of_seeds, axis=0)
-    _, low, high, p = paired_difference(differences)
-    if math.isnan(p):
-        return None, None
-    return f"{low:+.4f} to {high:+.4f}", f"{p:.4f}" if p >= 1e-4 else "<0.0001"
+    differences = []
+    for domain, of_domain in paired[0][0].items():
+        nats = [own[domain][:, 0] - uniform[domain][:, 0] for own, uniform in paired]
+        differences.append(np.stack([np.mean(nats, axis=0), of_domain[:, 1]], axis=1))
+    found = estimate(differences)
+    if math.isnan(found.low):
+        return TOO_FEW, TOO_FEW
+    p = f"{found.p:.4f}" if found.p >= 1e-4 else "<0.0001"
+    return f"{found.low:+.4f} to {found.high:+.4f}", p

@@ -5,11 +5,11 @@
     python eval/perplexity.py --run RUN --stride 64 --to RUN/eval/sliding.json    # more context
     python eval/perplexity.py --hf gpt2 --data_dir data/slimpajama --to results/gpt2.json
 
-Writes RUN/eval/perplexity.json, or the file of --to, and beside it the loss of each window
-(perplexity_windows.npz, an array per domain). Validation is never weighted: every window counts
-once, whatever the run trained on.
+Writes RUN/eval/perplexity.json, or the file of --to, and beside it the loss of each window and of
+each document (perplexity_windows.npz). Validation is never weighted: every window counts once,
+whatever the run trained on.
 
-M windows of T tokens, R forward passes, B passes of a batch, D domains.
+M windows of T tokens, K documents, R forward passes, B passes of a batch, D domains.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ import io
 import json
 import math
 import sys
+import zipfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +39,7 @@ from cli import run as run_command
 from corpus.manifest import in_order, read_manifest
 from data import validation_windows
 from eval import models
-from eval.compare import bootstrap
+from eval.compare import TOO_FEW, estimate
 from eval.runs import (
     Column,
     Row,
@@ -111,42 +112,82 @@ def plan_passes(split: data.Split, pairs: np.ndarray, stride: int | None) -> Pas
     return Passes(rows, np.concatenate(first), window)
 
 
+class Scores(NamedTuple):
+    """The losses of an evaluation, the same on every rank."""
+
+    windows: np.ndarray  # (M,) float64 mean loss of each window, in nats per token
+    documents: list[np.ndarray]  # per domain (K, 2) float64 nats and targets; [] if not asked for
+
+
+class Tally:
+    """Adds up the nats of passes by window and, with document_ends, by document."""
+
+    def __init__(self, passes: Passes, n_windows: int, T: int, document_ends: Sequence):
+        self.passes, self.n_windows, self.T = passes, n_windows, T
+        self.document_ends = document_ends
+        n_documents = [len(ends) for ends in document_ends]
+        self.first_documents = n_windows + np.cumsum([0, *n_documents])  # (D + 1,) indices in nats
+        self.nats = np.zeros(self.first_documents[-1])  # of the windows, then of the documents
+
+    def add(self, i: int, losses: np.ndarray) -> None:
+        """(T,) losses of the targets of pass i."""
+        (domain, start), first = self.passes.rows[i], self.passes.first[i]
+        losses, position = losses[first:], np.arange(start + first, start + self.T)
+        window = self.passes.window[i] + position // self.T - start // self.T
+        np.add.at(self.nats, window, losses)
+        if self.document_ends:
+            document = np.searchsorted(self.document_ends[domain], position, side="right")
+            np.add.at(self.nats, self.first_documents[domain] + document, losses)
+
+    def of_all_ranks(self, device: torch.device) -> Scores:
+        """The scores, from what every rank has added."""
+        nats = self.nats
+        if distributed.ranks().world_size > 1:  # a single process may be on mps: it has no float64
+            nats = distributed.reduce_sum(torch.from_numpy(nats).to(device)).cpu().numpy()
+        documents = []
+        for d, ends in enumerate(self.document_ends):
+            of_domain = nats[self.first_documents[d] : self.first_documents[d + 1]]
+            documents.append(np.stack([of_domain, np.diff(ends, prepend=0)], axis=1))
+        return Scores(nats[: self.n_windows] / self.T, documents)
+
+
 @torch.no_grad()
-def window_losses(
+def score(
     model: torch.nn.Module,
     split: data.Split,
     pairs: np.ndarray,
     batch_size: int,
     dtype: str,
     stride: int | None = None,
+    document_ends: Sequence[np.ndarray] = (),
     progress: bool = False,
     stop: Callable[[], int] = lambda: 0,
-) -> np.ndarray | None:
-    """(M,) float64 mean loss of each window in nats per token; the same on every rank.
+) -> Scores | None:
+    """The losses of windows and, with `document_ends`, of documents; then `pairs` are all windows.
 
     stop: called after each batch; a true value ends the evaluation early, with the result None. It
     must be the same on all ranks.
     """
     rank, _, world_size = distributed.ranks()
-    device, T = next(model.parameters()).device, split.block_size
+    device = next(model.parameters()).device
     passes = plan_passes(split, pairs, stride)
+    tally = Tally(passes, len(pairs), split.block_size, document_ends)
     R = len(passes.rows)
-    bounds = np.stack([passes.first, T - passes.rows[:, 1] % T], axis=1)  # (R, 2), see batch_nats
     # Every batch of every rank has the same shape: the last ones are filled up with passes that do
     # not count.
     n_batches = math.ceil(R / (world_size * batch_size))
     own = np.arange(rank, n_batches * world_size * batch_size, world_size)
-    counted, own = own < R, own % R
 
-    def read(i: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(i: int) -> tuple[np.ndarray, Tensor, Tensor]:
         batch = own[i : i + batch_size]
-        x, y, _ = data.read_batch(Shifted(split), passes.rows[batch], pin=device.type == "cuda")
-        return x, y, torch.from_numpy(bounds[batch])
+        rows = passes.rows[batch % R]
+        x, y, _ = data.read_batch(Shifted(split), rows, pin=device.type == "cuda")
+        return batch, x, y
 
     was_training = model.training
     model.eval()
-    nats = []  # (2, B) of each batch
-    for x, y, batch_bounds in tqdm(
+    n_scored = 0
+    for batch, x, y in tqdm(
         data.prefetch(read, range(0, len(own), batch_size)),
         total=n_batches,
         unit="batch",
@@ -154,36 +195,43 @@ def window_losses(
         leave=False,
         disable=None if progress and rank == 0 else True,
     ):
-        nats.append(batch_nats(model, x, y, batch_bounds, dtype))
+        for i, losses in zip(batch, token_losses(model, x, y, dtype), strict=True):
+            if i < R:
+                tally.add(i, losses)
+        n_scored += 1
         if stop():
             break
     model.train(was_training)
-    if len(nats) < n_batches:
+    if n_scored < n_batches:
         return None
-
-    in_window, in_next = torch.cat(nats, dim=1).cpu().double()[:, torch.from_numpy(counted)]
-    window = torch.from_numpy(passes.window[own[counted]])
-    sums = torch.zeros(len(pairs) + 1, dtype=torch.float64)  # what follows the last window gets 0
-    sums.index_add_(0, window, in_window).index_add_(0, window + 1, in_next)
-    if world_size > 1:  # a single process may be on mps, which has no float64
-        sums = distributed.reduce_sum(sums.to(device)).cpu()
-    return sums[:-1].numpy() / T
+    return tally.of_all_ranks(device)
 
 
-def batch_nats(model: torch.nn.Module, x: Tensor, y: Tensor, bounds: Tensor, dtype: str) -> Tensor:
-    """(B, T) inputs and targets -> (2, B) nats in the window where a pass starts, and in the next.
-
-    bounds: (B, 2) first target of each pass that counts, and the first that is in the next window.
-    """
-    device, T = next(model.parameters()).device, x.size(1)
+def token_losses(model: torch.nn.Module, x: Tensor, y: Tensor, dtype: str) -> np.ndarray:
+    """(B, T) inputs and targets -> (B, T) float64 losses in nats."""
+    device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        losses = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))  # (B, T)
-    first, border = bounds.to(device, non_blocking=True).T.unsqueeze(2)  # (B, 1) each
-    position = torch.arange(T, device=device)
-    counts = position >= first
-    in_window = torch.where(counts & (position < border), losses, 0.0).sum(1)
-    in_next = torch.where(counts & (position >= border), losses, 0.0).sum(1)
-    return torch.stack([in_window, in_next])
+        losses = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+    return losses.cpu().double().numpy()
+
+
+def find_document_ends(split: data.Split) -> list[np.ndarray]:
+    """For each domain (K,): where its documents end, counted in targets of all its windows in turn.
+
+    A document may go on in the next shard. What follows a shard's last window is in no window, so
+    the documents that end there end with that window.
+    """
+    T, of_domains = split.block_size, []
+    for paths, windows_up_to in zip(split.paths, split.ends, strict=True):
+        ends, windows_before = [windows_up_to[-1:] * T], 0
+        for path, windows in zip(paths, windows_up_to, strict=True):
+            tokens = np.load(path, mmap_mode="r")
+            end_of_text = np.flatnonzero(tokens[1:] == split.eot_token) + 1
+            ends.append(np.minimum(windows_before * T + end_of_text, windows * T))
+            windows_before = windows
+        ends = np.unique(np.concatenate(ends))
+        of_domains.append(ends[ends > 0])
+    return of_domains
 
 
 # The record of an evaluation
@@ -198,8 +246,8 @@ def evaluate(
     stop: Callable[[], int] = lambda: 0,
 ) -> dict:
     """What metrics.jsonl records of an evaluation, on every rank; {} if `stop` ended it early."""
-    losses = window_losses(model, split, pairs, batch_size, dtype, stop=stop)
-    return {} if losses is None else summarize(split, pairs, losses)
+    scores = score(model, split, pairs, batch_size, dtype, stop=stop)
+    return {} if scores is None else summarize(split, pairs, scores.windows)
 
 
 def summarize(
@@ -240,12 +288,20 @@ def by_domain(split: data.Split, pairs: np.ndarray, losses: np.ndarray) -> dict[
     return losses_of
 
 
-def add_intervals(record: dict, windows: dict[str, np.ndarray]) -> None:
-    """Add 95 % intervals in nats: loss_ci95 to each domain, mean_loss_ci95 to the record."""
-    intervals = bootstrap(windows).tolist()
-    for domain, interval in zip(windows, intervals[:-1], strict=True):
-        record["domains"][domain]["loss_ci95"] = interval
-    record["mean_loss_ci95"] = intervals[-1]
+def add_intervals(record: dict, documents: dict[str, np.ndarray]) -> None:
+    """Add the number of documents, and 95 % intervals in nats: loss_ci95 and mean_loss_ci95.
+
+    An interval is None where there are too few documents to tell.
+    """
+
+    def interval(domains: list[np.ndarray]) -> list[float] | None:
+        found = estimate(domains)
+        return None if math.isnan(found.low) else [found.low, found.high]
+
+    for domain, of_domain in documents.items():
+        record["domains"][domain]["documents"] = len(of_domain)
+        record["domains"][domain]["loss_ci95"] = interval([of_domain])
+    record["mean_loss_ci95"] = interval(list(documents.values()))
 
 
 def perplexity(loss: float) -> float:
@@ -257,30 +313,44 @@ def as_text(record: dict) -> str:
     """The record for the terminal, a line per domain; the interval is that of the perplexity."""
     width = max(map(len, ["average", *record["domains"]])) + 1
 
-    def line(name: str, loss: float, interval: list[float]) -> str:
-        low, high = map(perplexity, interval)
-        ends = f"{low:.3f} to {high:.3f}"
+    def line(name: str, loss: float, interval: list[float] | None) -> str:
+        ends = TOO_FEW
+        if interval:
+            low, high = map(perplexity, interval)
+            ends = f"{low:.3f} to {high:.3f}"
         return f"{name:<{width}}{loss:>12.4f}{perplexity(loss):>12.3f}{ends:>22}"
 
     head = f"{'domain':<{width}}{'loss (nats)':>12}{'perplexity':>12}{'95 % interval':>22}"
-    lines = [f"{head}{'bits/byte':>11}{'tokens':>12}"]
+    lines = [f"{head}{'bits/byte':>11}{'tokens':>12}{'documents':>11}"]
     for name, domain in record["domains"].items():
         text = line(name, domain["loss"], domain["loss_ci95"])
-        lines.append(f"{text}{domain['bits_per_byte']:>11.4f}{domain['tokens']:>12,}")
+        counts = f"{domain['tokens']:>12,}{domain['documents']:>11,}"
+        lines.append(f"{text}{domain['bits_per_byte']:>11.4f}{counts}")
     lines.append(line("average", record["mean_loss"], record["mean_loss_ci95"]))
     lines.append(f"worst domain: {record['worst_domain']}")
     return "\n".join(lines)
 
 
 def windows_path(result: Path) -> Path:
-    """The file beside a result that has the loss of each window: float32, an array per domain."""
+    """The file beside a result that has the losses by window and by document.
+
+    Entries DOMAIN: (M,) float32, the loss of each window. Entries documents/DOMAIN: (K, 2) float64,
+    nats and targets of each document; archives of earlier versions lack them.
+    """
     return result.with_name(f"{result.stem}_windows.npz")
 
 
-def write(result: Path, record: dict, windows: dict[str, np.ndarray]) -> None:
+def write(
+    result: Path, record: dict, windows: dict[str, np.ndarray], documents: dict[str, np.ndarray]
+) -> None:
     """Write both files; the windows first, so that a result is never without them."""
+    arrays = {name: values.astype(np.float32) for name, values in windows.items()}
+    arrays |= {f"documents/{name}": values for name, values in documents.items()}
     content = io.BytesIO()
-    np.savez(content, **{name: values.astype(np.float32) for name, values in windows.items()})
+    with zipfile.ZipFile(content, "w") as archive:  # np.savez takes no array of the name "file"
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, values)
     write_bytes(windows_path(result), content.getvalue())
     write_text(result, json.dumps(record, indent=1))
 
@@ -346,7 +416,7 @@ def read_all(runs: list[RunFolder]) -> dict[RunFolder, dict]:
 
 def settings(runs: list[RunFolder]) -> Settings:
     """What tells the runs apart, the step of the checkpoint evaluated included."""
-    configs = {run: run.config for run in runs}
+    configs = {run: run.settings for run in runs}
     return settings_at(configs, read_all(runs), "evaluated_at_step")
 
 
@@ -502,13 +572,14 @@ def main() -> None:
     sliding = stride if stride < split.block_size else None
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        losses = window_losses(
+        scores = score(
             evaluated.model.to(device),
             split,
             pairs,
             args.batch_size,
             evaluated.about["dtype"],
             sliding,
+            find_document_ends(split),
             progress=True,
         )
     except torch.OutOfMemoryError:
@@ -520,12 +591,14 @@ def main() -> None:
             **evaluated.about,
             "block_size": split.block_size,
             "stride": stride,
-            **summarize(split, pairs, losses, sliding),
+            **summarize(split, pairs, scores.windows, sliding),
         }
-        windows = by_domain(split, pairs, losses)
-        add_intervals(record, windows)
+        windows = by_domain(split, pairs, scores.windows)
+        documents = dict(zip(split.domains, scores.documents, strict=True))
+        documents = {name: documents[name] for name in windows}
+        add_intervals(record, documents)
         if result_path:
-            write(result_path, record, windows)
+            write(result_path, record, windows, documents)
         print(as_text(record))
     distributed.cleanup()
 

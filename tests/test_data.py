@@ -1,5 +1,7 @@
 """Windows, sampler and batches, on shards of known numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,13 @@ def test_permutation_is_one(n_values=(1, 2, 3, 5, 64, 1000, 4097)):
     assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
 
 
+def test_few_windows_come_in_every_order():
+    """All 24 orders of four windows, each about as often as the others."""
+    orders = [tuple(data.permute(np.arange(4), 4, seed, 0, 0)) for seed in range(2400)]
+    counts = [orders.count(order) for order in itertools.permutations(range(4))]
+    assert sum(counts) == 2400 and 60 < min(counts) and max(counts) < 140
+
+
 def test_permutation_of_a_billion_needs_no_table():
     n = 10**9
     out = data.permute(np.arange(n - 1000, n), n, 7, 0, 0)
@@ -91,6 +100,21 @@ def test_sampler_is_a_function_of_the_step():
         assert np.array_equal(jumping.draw(step), expected[step])
     other = data.DomainSampler(weights, windows, 16, seed=43)
     assert not np.array_equal(other.draw(0), expected[0])
+
+
+def test_file_order_takes_windows_one_after_the_other():
+    weights, windows = np.full(7, 1 / 7), np.arange(3, 10)
+    shuffled = data.DomainSampler(weights, windows, 16, seed=42)
+    in_turn = data.DomainSampler(weights, windows, 16, seed=42, order="file")
+    drawn = [in_turn.draw(step) for step in range(30)]
+    for step in (17, 3):  # a function of the step
+        assert np.array_equal(in_turn.draw(step), drawn[step])
+    for step in range(30):
+        assert np.array_equal(drawn[step][:, 0], shuffled.draw(step)[:, 0])
+    drawn = np.concatenate(drawn)
+    for domain, n in enumerate(windows):
+        numbers = drawn[drawn[:, 0] == domain][:, 1]
+        assert np.array_equal(numbers, np.arange(len(numbers)) % n)
 
 
 def test_sampler_is_stable_across_versions_of_numpy():

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 import data
 from corpus import tokenizer
-from corpus.manifest import read_manifest
-from eval.compare import blocks, bootstrap
-from eval.perplexity import evaluate, window_losses
+from corpus.manifest import in_order, read_manifest
+from eval.perplexity import evaluate, find_document_ends, score
 from model import GPT, GPTConfig
 from runtime import checkpoint
 
@@ -98,7 +97,8 @@ def check(result: Path, windows, folder):
         np.load(result.with_name(f"{result.stem}_windows.npz")),
     )
     info = read_manifest(folder)["domains"]
-    assert list(saved) == list(record["domains"]) == list(windows)
+    keys = [*windows, *(f"documents/{domain}" for domain in windows)]
+    assert list(saved) == keys and list(record["domains"]) == list(windows)
     for domain, found in record["domains"].items():
         loss = np.mean(windows[domain])
         tokens, n_bytes = (
@@ -155,6 +155,19 @@ def test_shorter_windows_and_the_default_place(run, data_dir):
     assert f"{record['domains']['arxiv']['bits_per_byte']:.4f}" in text and "95 % interval" in text
 
 
+def test_the_windows_of_domains_with_any_name(run, tmp_path):
+    """np.savez would take "file" and "allow_pickle" for parameters of its own."""
+    names = ("file", "args", "kwds", "allow_pickle", "arr_0", "self", "c4")
+    tokens = {name: {"val": random_tokens(60, i)} for i, name in enumerate(names)}
+    folder = write_shards(tmp_path / "data", tokens)
+    result = tmp_path / "p.json"
+    ask = ("eval/perplexity.py", "--run", run, "--data_dir", folder, "--to", result)
+    expect_ok(command(*ask))
+    model = checkpoint.load_model(checkpoint.find_latest(run)).double().eval()
+    expected = reference(float64_losses(model), folder, T)
+    check(result, {name: expected[name] for name in in_order(expected)}, folder)
+
+
 class Told(torch.nn.Module):
     """A model whose loss is the target's id ("target") or the number of tokens seen ("context")."""
 
@@ -185,17 +198,15 @@ def test_every_stride_scores_the_same_targets_once(
         return
     pairs = data.validation_windows(split, None)
     expected = [split.window(*pair)[1:].mean() for pair in pairs]
-    got = window_losses(
-        Told("target"), split, pairs, batch, "float32", stride=min(stride, block_size)
-    )
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    got = score(Told("target"), split, pairs, batch, "float32", stride=min(stride, block_size))
+    np.testing.assert_allclose(got.windows, expected, rtol=1e-6)
 
 
 def test_a_stride_leaves_at_least_t_minus_stride_tokens_of_context(data_dir):
     split = open_split(data_dir)
     pairs = data.validation_windows(split, None)
     for stride in (1, 4, 8):
-        got = window_losses(Told("context"), split, pairs, 3, "float32", stride)
+        got = score(Told("context"), split, pairs, 3, "float32", stride).windows
         first = np.isin(np.arange(len(pairs)), [0, 4, 8, 9])  # windows at the start of a shard
         assert got[first] == pytest.approx((T + 1) / 2)
         assert got[~first] == pytest.approx(T - (stride - 1) / 2)
@@ -221,37 +232,43 @@ def test_the_record_of_training(data_dir):
     )
 
 
-def test_bootstrap_agrees_with_the_normal_interval():
-    rng = np.random.default_rng(5)
-    windows = {"a": rng.gamma(2.0, 1.0, 40_000), "b": rng.normal(7, 3, 9000), "c": np.array([2.5])}
-    found = bootstrap(windows)
-    errors = [values.std() / len(values) ** 0.5 for values in windows.values()]
-    for (low, high), values, error in zip(found, windows.values(), errors, strict=False):
-        assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.2 * error)
-        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
-    assert found[3, 1] - found[3, 0] == pytest.approx(
-        2 * 1.96 * np.linalg.norm(errors) / 3, rel=0.2
-    )
-    assert np.array_equal(found, bootstrap(windows))
+def test_documents_are_scored_whole(tmp_path):
+    """Against a loop over the tokens: documents across windows and shards, and in what is left."""
+    eot = 256
+    tokens = random_tokens(400, 1) % 250
+    tokens[[0, 3, 4, 30, 95, 96, 200, 201, 202, 311]] = eot
+    folder = write_shards(tmp_path / "d", {"c4": {"val": tokens}, "book": {"val": tokens[:T]}}, 90)
+    split = open_split(folder)
+    expected, nats, targets = [], 0.0, 0
+    for shard in read_manifest(folder)["domains"]["c4"]["val"]:
+        content = np.load(folder / shard["file"])
+        in_windows = (len(content) - 1) // T * T
+        for i, token in enumerate(content.tolist()):
+            if 0 < i <= in_windows:
+                nats += token
+                targets += 1
+            if i and token == eot and targets:
+                expected.append((nats, targets))
+                nats, targets = 0.0, 0
+    if targets:
+        expected.append((nats, targets))
+    pairs, ends = data.validation_windows(split, None), find_document_ends(split)
+    for stride in (None, 5, 1):
+        book, c4 = score(Told("target"), split, pairs, 3, "float32", stride, ends).documents
+        assert len(book) == 0
+        np.testing.assert_allclose(c4, expected)
+        assert c4[:, 1].sum() == len(pairs) * T
 
 
-def test_intervals_hold_for_neighbours_that_are_alike():
-    """With ten windows a document, intervals are those for documents, not for single windows."""
-    rng, held = np.random.default_rng(6), 0
-    for _ in range(200):
-        windows = np.repeat(rng.normal(0, 1, 200), 10) + rng.normal(0, 0.3, 2000)
-        low, high = bootstrap({"a": windows}, resamples=200)[0]
-        held += low < 0 < high
-    assert 0.88 <= held / 200 <= 0.99
-
-
-def test_blocks_hold_every_window_once():
-    for n in (1, 2, 3, 17, 1000):
-        sums, counts = blocks(np.arange(n))
-        assert (
-            sums.sum() == n * (n - 1) / 2 and counts.sum() == n and counts.max() - counts.min() <= 1
-        )
-        assert len(sums) == max(min(2, n), int(n**0.5))
+def test_the_file_beside_a_result_has_its_documents(run, data_dir, tmp_path):
+    result = tmp_path / "p.json"
+    text = expect_ok(command("eval/perplexity.py", "--run", run, "--to", result))
+    record, saved = json.loads(result.read_text()), np.load(tmp_path / "p_windows.npz")
+    for domain, found in record["domains"].items():
+        nats, targets = saved[f"documents/{domain}"].T
+        assert len(nats) == found["documents"] and targets.sum() == found["tokens"]
+        assert nats.sum() / targets.sum() == pytest.approx(found["loss"])
+    assert "documents" in text
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +310,23 @@ def test_a_hugging_face_gpt2(hf, data_dir, tmp_path):
     assert "average" in text and sorted(folder.iterdir()) == before
 
 
+def test_a_hugging_face_gpt2_with_a_padded_vocabulary(hf, data_dir, tmp_path):
+    import transformers
+
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(hf[1])
+    ask = ("eval/perplexity.py", "--data_dir", data_dir, "--to", tmp_path / "p.json", "--hf")
+    theirs.resize_token_embeddings(320)
+    theirs.save_pretrained(tmp_path / "padded")
+    expect_ok(command(*ask, tmp_path / "padded"))
+    theirs = theirs.double().eval()
+    expected = reference(float64_losses(lambda x: theirs(x).logits), data_dir, 24, 24)
+    check(tmp_path / "p.json", expected, data_dir)
+    for rows in (321, 256):
+        theirs.resize_token_embeddings(rows)
+        theirs.float().save_pretrained(tmp_path / "other")
+        expect_error(command(*ask, tmp_path / "other"), f"{rows} rows", "none of gpt2, bytes")
+
+
 def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
     import shutil
 
@@ -307,6 +341,8 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
         folder
     )
     expect_error(command(*ask, folder), "none of gpt2, bytes")
+    (folder / "tokenizer.json").write_text("{")
+    expect_error(command(*ask, folder), f"{folder}: its tokenizer cannot be opened", "restore")
     (folder / "config.json").write_text(
         (hf[1] / "config.json").read_text().replace('"gpt2"', '"llama"')
     )
@@ -320,6 +356,19 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
     expect_error(command(*ask, tmp_path / "large"), "large", "model.safetensors")
     expect_error(command(*ask, tmp_path / "none"), "none", "hub")
     expect_error(command("eval/perplexity.py", "--hf", folder), "--data_dir")
+
+
+def test_hf_with_a_head_of_its_own_is_refused(hf, data_dir, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(hf[1], tmp_path / "untied")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] + 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = command("eval/perplexity.py", "--data_dir", data_dir, "--hf", folder)
+    expect_error(done, "lm_head.weight", "wte.weight", "differ")
 
 
 def test_the_benchmark_prints_a_ratio(data_dir):

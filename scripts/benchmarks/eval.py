@@ -16,7 +16,7 @@ import torch
 from cli import UserError
 from corpus.manifest import read_manifest
 from data import Split, read_batch, validation_windows
-from eval.perplexity import window_losses
+from eval.perplexity import score
 from model import GPT, SIZES
 from recipe import TrainConfig, model_shape
 from scripts.benchmarks.common import (
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
                 model(x, y)
 
     def perplexity() -> None:
-        window_losses(model, split, pairs, args.batch_size, dtype)
+        score(model, split, pairs, args.batch_size, dtype)
 
     bare()
     perplexity()
