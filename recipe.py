@@ -14,6 +14,9 @@ from data import MIXTURES
 from model import SIZES, GPTConfig
 from reweight import NORMS, STRATEGIES
 
+# Of matrix products. tf32: float32 numbers, multiplied with 10 bits of precision on tensor cores.
+DTYPES = ("float32", "tf32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -27,6 +30,7 @@ class TrainConfig:
     data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
     out_dir: str = ""  # run folder; "": runs/MODEL_MIXTURE_REWEIGHT_seedSEED
     mixture: Literal[tuple(MIXTURES)] = "uniform"  # how often each domain is drawn (data.py)
+    data_order: Literal["shuffled", "file"] = "shuffled"  # of a domain's windows; published: file
     seed: int = 42  # of the initial weights, the order of the data and dropout
 
     # Reweighting: how much each sample of a step counts.
@@ -69,7 +73,7 @@ class TrainConfig:
 
     # Machine: how it is computed; results stay the same up to rounding.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bf16 on cuda
+    dtype: Literal[("auto", *DTYPES)] = "auto"  # of matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "graphs", "off"] = "auto"  # auto: on cuda; graphs: CUDA graphs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
     loss_chunk: int = -1  # rows of logits computed at once; 0: all; -1: all if they fit, else 2,048
@@ -165,6 +169,23 @@ def check_combinations(config: TrainConfig) -> None:
             f"--r_start {config.r_start} --r_steps {config.r_steps}: give both, "
             "or none for a constant r"
         )
+    check_temperatures(config)
+
+
+def check_temperatures(config: TrainConfig) -> None:
+    """UserError where the weights' divisions are not finite in float32 (reweight.py)."""
+    if torch.tensor(1.0).div(config.delta).isinf():
+        raise UserError(
+            f"--delta {config.delta}: 1 / delta is not finite in float32; use a larger --delta"
+        )
+    largest = torch.tensor(max(1.0, config.delta))  # value that a strategy gives a loss
+    temperatures = {"r": config.r, "r_start": config.r_start or config.r}
+    for name, r in temperatures.items():
+        if largest.div(r).isinf():
+            raise UserError(
+                f"--{name} {r} --delta {config.delta}: the larger of 1 and delta, divided by "
+                f"{name}, is not finite in float32; use a larger --{name} or a smaller --delta"
+            )
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -202,6 +223,8 @@ def settle_device(config: TrainConfig) -> str:
         device = next(name for name, is_available in available.items() if is_available)
     if not available[device]:
         raise UserError(f"--device {device}: there is none here; use --device auto or cpu")
+    if config.dtype == "tf32" and device != "cuda":
+        raise UserError(f"--dtype tf32 --device {device}: needs cuda; use --dtype float32")
     if config.compile == "graphs" and (device != "cuda" or config.parallel == "fsdp"):
         raise UserError(
             f"--compile graphs --device {device} --parallel {config.parallel}: CUDA graphs need "
@@ -240,10 +263,32 @@ def identity(config: TrainConfig, manifest: dict, world_size: int) -> dict:
         weighted_together = config.micro_batch_size * world_size
     return {
         **settings,
+        "mixture probabilities": probabilities(config.mixture),
         "tokenizer": manifest["tokenizer"]["sha256"][:16],
         "data": data_hash(manifest),
         "samples weighted together": weighted_together,
     }
+
+
+def probabilities(mixture: str) -> dict[str, float] | None:
+    """The numbers behind a mixture's name, which a user may edit; None: those of the data."""
+    weights = MIXTURES.get(mixture)
+    if weights is None:
+        return None
+    total = sum(weights.values())
+    return {domain: weight / total for domain, weight in weights.items()}
+
+
+def with_added_keys(saved: dict) -> dict:
+    """An identity saved by an earlier version, with the keys that were added to identities since.
+
+    The numbers of a mixture are taken from today's MIXTURES.
+    """
+    added = {
+        "data_order": "shuffled",
+        "mixture probabilities": probabilities(saved.get("mixture", "")),
+    }
+    return added | saved
 
 
 def model_shape(config: TrainConfig, manifest: dict) -> GPTConfig:

@@ -40,6 +40,7 @@ def main() -> None:
         config.global_batch_size,
         config.seed,
         config.eval_windows,
+        config.data_order,
     )
     run_identity = identity(config, data.manifest, world_size)
     found = checkpoint.find_resumable(
@@ -57,7 +58,7 @@ def main() -> None:
     if checkpoint.already_finished(found, config):
         return
     device = distributed.setup(config.device, config.timeout_s)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
     torch.manual_seed(config.seed)
     with Run(config, shape, data, run_identity, found, device) as training:
         train(training)

@@ -1,4 +1,5 @@
-# GPT-2 1.5B: the published recipe at a size the paper did not train. Strategy: --reweight.
+# GPT-2 1.5B: the recipe of the other sizes; the paper did not train this one.
+# Strategy: --reweight.
 # Hardware: 4 GPUs of 80 GB or more. Tokens: 20,000 steps x 48 sequences x 512 = 492M.
 # Time: 13.6 A100 hours (estimate: 6 FLOP per parameter and token, 30 % of the bf16 peak).
 model = "1.5b"

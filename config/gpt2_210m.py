@@ -1,4 +1,5 @@
-# GPT-2 210M: the published recipe. Strategy: --reweight.
+# GPT-2 210M: the published recipe, but for what docs/reproduction.md lists.
+# Strategy: --reweight.
 # Hardware: 1 GPU of 40 GB or more. Tokens: 20,000 steps x 48 sequences x 512 = 492M.
 # Time: 1.8 A100 hours (estimate: 6 FLOP per parameter and token, 30 % of the bf16 peak).
 model = "210m"

@@ -12,6 +12,7 @@ A prompt longer than the context loses its first tokens, and with them some of i
 task's `requests`, `truncated` lost `tokens_cut` tokens in all.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -93,8 +94,7 @@ def read_all(runs: list[RunFolder]) -> dict[RunFolder, dict]:
             continue
         results[run] = result
         for name, task in result["tasks"].items():
-            examples, requests = result["num_fewshot"], task["requests"]
-            how = f"{task['metric']}, {examples} examples, {requests} requests"
+            how = how_scored(result, task)
             first, first_how = scored.setdefault(name, (run, how))
             if how != first_how:
                 raise UserError(
@@ -103,6 +103,15 @@ def read_all(runs: list[RunFolder]) -> dict[RunFolder, dict]:
                     "out with --what"
                 )
     return results
+
+
+def how_scored(result: dict, task: dict) -> str:
+    """All that two scores of a task must share to be compared."""
+    return (
+        f"{task['metric']}, {result['num_fewshot']} examples, {task['requests']} requests, "
+        f"seed {result.get('seed')}, {result.get('dtype')}, harness {result.get('harness')}, "
+        f"task version {task.get('version')}"
+    )
 
 
 def tables(runs: list[RunFolder]) -> list[Table]:
@@ -124,8 +133,12 @@ def tables(runs: list[RunFolder]) -> list[Table]:
 def table(
     size: str, columns: list[Column], results: dict[RunFolder, dict], tasks: dict[str, dict]
 ) -> Table:
-    """The score of each task, and the mean of those in which more is better."""
+    """The score of each task, and the mean of those in which more is better.
+
+    A group counts by its tasks, not once more by itself.
+    """
     rising = {name for name, task in tasks.items() if task.get("higher_is_better") is not False}
+    averaged = {name for name in rising if not tasks[name].get("is_group")}
     rows = []
     for name, task in tasks.items():
         row = Row(
@@ -135,11 +148,11 @@ def table(
             errors=per_column(columns, values_of(results, name, "stderr")),
         )
         rows.append(row)
-    if rising:
+    if averaged:
         means = {}
         for run, result in results.items():
-            if rising <= result["tasks"].keys():
-                means[run] = fmean(result["tasks"][name]["score"] for name in rising)
+            if averaged <= result["tasks"].keys():
+                means[run] = fmean(result["tasks"][name]["score"] for name in averaged)
         rows.append(Row("mean", per_column(columns, means), best=max, is_summary=True))
 
     shots = sorted({str(result["num_fewshot"]) for result in results.values()})
@@ -264,6 +277,18 @@ def open_record(path: Path | None, settings: dict) -> dict:
     return {**record, "failed": {}}
 
 
+def hash_of_files(folder: Path | None) -> str | None:
+    """A hash of the files of local tasks, which are edited more often than their version."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def as_text(record: dict) -> str:
     """The record for the terminal: a line per task, then the tasks that could not be scored."""
     width = max(map(len, ("task", *record["tasks"])))
@@ -295,6 +320,7 @@ def main() -> None:
         "limit": args.limit,
         "seed": args.seed,
         "harness": harness.VERSION,
+        "local_tasks": hash_of_files(args.include_path),
     }
     record = open_record(result_path, settings)
     kept = [name for name in args.tasks if name in record["tasks"]]

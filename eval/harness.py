@@ -364,6 +364,7 @@ def evaluate(
     for task, values in results["results"].items():
         record = record_of(task, values, results, lm.cut)
         if record:  # a group may have no score of its own
+            record["is_group"] = task not in lm.cut
             records[task] = record
     return records
 

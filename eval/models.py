@@ -1,5 +1,6 @@
 """Opening the model that is evaluated: a checkpoint of a run, or a Hugging Face GPT-2."""
 
+import hashlib
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from cli import UserError
 from corpus import tokenizer
 from model import GPT
+from recipe import DTYPES
 from runtime import checkpoint
 
 
@@ -47,7 +49,7 @@ def add_flags(parser: ArgumentParser, result: str) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help="of the matrix products (default: on a GPU that of the run, otherwise float32)",
     )
     parser.add_argument(
@@ -59,10 +61,19 @@ def add_flags(parser: ArgumentParser, result: str) -> None:
 
 
 def open_model(args: Namespace) -> Evaluated:
-    """The model of --run or --hf; UserError if it does not open or its tokenizer is not ours."""
-    if args.hf:
-        return open_hf(args.hf, args.dtype)
-    _, folder = find_run(args.run)
+    """The model of --run or --hf; UserError if it does not open or its tokenizer is not ours.
+
+    Sets the precision of matrix products in float32.
+    """
+    evaluated = open_hf(args.hf, args.dtype) if args.hf else open_run(args.run, args.dtype)
+    is_tf32 = evaluated.about["dtype"] == "tf32"
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+    return evaluated
+
+
+def open_run(run: str, dtype: str | None) -> Evaluated:
+    """The newest checkpoint of a run, or the checkpoint that is given."""
+    _, folder = find_run(run)
     path = folder / "state.json"
     state = checkpoint.read_json(path)
     expected = ("step", "gpt", "identity", "data_dir", "tokenizer_sha256")
@@ -72,23 +83,40 @@ def open_model(args: Namespace) -> Evaluated:
             f"{path} has no {', '.join(missing)}: another version of train.py wrote it; "
             "evaluate it with that one (git_commit in the run's config.json)"
         )
-    dtype = state["identity"]["dtype"] if torch.cuda.is_available() else "float32"
+    of_run = state["identity"]["dtype"] if torch.cuda.is_available() else "float32"
     tokens = tokenizer.find(state["tokenizer_sha256"])
-    about = {"step": state["step"], "dtype": args.dtype or dtype}
+    about = {
+        "step": state["step"],
+        "model_sha256": state.get("sha256", {}).get("model.pt"),  # older checkpoints have none
+        "dtype": dtype or of_run,
+    }
     return Evaluated(checkpoint.load_model(folder), tokens, about, state["data_dir"])
 
 
 def open_hf(name: str, dtype: str | None) -> Evaluated:
     """A Hugging Face GPT-2 whose tokenizer is one of ours."""
     model = GPT.from_pretrained(name)
-    n_vocab = model.config.vocab_size
+    n_rows = model.config.vocab_size
     for tokens in map(tokenizer.load, tokenizer.NAMES):
-        if tokens.n_vocab == n_vocab and tokenizer.matches_hf_tokenizer(tokens.name, name):
-            return Evaluated(model, tokens, {"hf": name, "dtype": dtype or "float32"}, None)
+        fits = tokenizer.has_rows_for(tokens.n_vocab, n_rows)
+        if fits and tokenizer.matches_hf_tokenizer(tokens.name, name):
+            about = {
+                "hf": name,
+                "model_sha256": hash_of_parameters(model),
+                "dtype": dtype or "float32",
+            }
+            return Evaluated(model, tokens, about, None)
     raise UserError(
-        f"--hf {name} has a tokenizer of {n_vocab} tokens that is none of "
+        f"--hf {name} has a vocabulary of {n_rows} rows and a tokenizer that is none of "
         f"{', '.join(tokenizer.NAMES)}; evaluate it with the harness itself: lm_eval --model hf"
     )
+
+
+def hash_of_parameters(model: GPT) -> str:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def result_path(args: Namespace, result: str) -> Path | None:

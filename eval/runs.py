@@ -20,8 +20,8 @@ import numpy as np
 
 from cli import UserError
 from model import SIZES
-from recipe import EXECUTION_KEYS
-from runtime.checkpoint import read_json
+from recipe import EXECUTION_KEYS, with_added_keys
+from runtime.checkpoint import checkpoint_folder, read_json
 from runtime.metrics import read_lines
 
 # Keys of config.json that do not tell one setting from another. The strategy is in every name.
@@ -33,8 +33,12 @@ NOT_IN_NAMES = EXECUTION_KEYS | {
     "identity",
     "world_size",
 }
+# Keys of a run's identity that config.json has nowhere else. They tell runs apart, in place of
+# data_dir: a folder may move, and what it holds may change.
+OF_IDENTITY = ("data", "tokenizer", "mixture probabilities", "samples weighted together")
 # Keys that have no effect on a uniform run.
 NOT_OF_UNIFORM = {
+    "samples weighted together",
     "r",
     "r_start",
     "r_steps",
@@ -64,6 +68,16 @@ class RunFolder:
         return [record for record in self.metrics if record["kind"] == kind]
 
     @property
+    def settings(self) -> dict:
+        """What tells this run from others: its config, and the data itself in place of data_dir."""
+        identity = self.config.get("identity")
+        if not identity:
+            return self.config
+        identity = with_added_keys(identity)
+        settings = {key: value for key, value in self.config.items() if key != "data_dir"}
+        return settings | {key: identity[key] for key in OF_IDENTITY if key in identity}
+
+    @property
     def is_uniform(self) -> bool:
         return self.config["reweight"] == "uniform"
 
@@ -75,7 +89,7 @@ class Column(NamedTuple):
     runs: list[RunFolder]
 
 
-# The settings that tell runs apart: the config of each run, to which an evaluation may add.
+# The settings that tell runs apart: RunFolder.settings, to which an evaluation may add.
 Settings = dict[RunFolder, dict]
 
 
@@ -103,7 +117,8 @@ def read_result(
 ) -> dict | None:
     """RUN/eval/NAME.json; None where there is no such file.
 
-    UserError unless it has all of `keys`, and a dict `part` whose entries have all of `part_keys`.
+    UserError unless it has all of `keys`, "step" among them, and a dict `part` whose entries have
+    all of `part_keys`.
     """
     path = Path(run.path) / "eval" / f"{name}.json"
     if not path.is_file():
@@ -111,11 +126,29 @@ def read_result(
     result = read_json(path)
     entries = result.get(part)
     is_complete = isinstance(entries, dict) and len(entries) > 0 and has_keys(result, keys)
+    is_complete = is_complete and isinstance(result["step"], int)
     if not is_complete or not all(has_keys(entry, part_keys) for entry in entries.values()):
         raise UserError(
             f"{path} is not what eval/{name}.py writes; run: python eval/{name}.py --run {run.path}"
         )
+    check_model(run, path, result, again=f"python eval/{name}.py --run {run.path}")
     return result
+
+
+def check_model(run: RunFolder, path: Path, result: dict, again: str) -> None:
+    """UserError where the checkpoint of a result's step holds another model than was evaluated.
+
+    Nothing is checked where that checkpoint is gone, or one of them names no model.
+    """
+    state_json = checkpoint_folder(run.path, result["step"]) / "state.json"
+    if not state_json.is_file():
+        return
+    own = read_json(state_json).get("sha256", {}).get("model.pt")
+    evaluated = result.get("model_sha256")
+    if own and evaluated and own != evaluated:
+        raise UserError(
+            f"{path} is of another model than the checkpoint of step {result['step']}; run: {again}"
+        )
 
 
 def has_keys(entry: object, keys: tuple[str, ...]) -> bool:
@@ -258,18 +291,27 @@ class Row(NamedTuple):
     is_summary: bool = False  # belongs below the line
 
     def texts(self) -> list[tuple[str, bool]]:
-        """What each column shows, and whether it is in bold."""
-        errors = self.errors or [[]] * len(self.values)
-        texts = []
-        for values, column_errors in zip(self.values, errors, strict=True):
-            texts.append(cell(values, self.digits, self.sign, column_errors))
+        """What each column shows, and whether it is in bold.
 
-        shown = [text.split(" ")[0] for text in texts]  # the mean, where there are numbers
-        means = [mean for mean, values in zip(shown, self.values, strict=True) if numbers(values)]
-        if self.best is None or len({float(mean) for mean in means}) < 2:
+        A column with a run that has no number is never the best: the mean of the others may look
+        better than it is.
+        """
+        errors = self.errors or [[]] * len(self.values)
+        texts, means = [], []
+        for values, column_errors in zip(self.values, errors, strict=True):
+            text = cell(values, self.digits, self.sign, column_errors)
+            texts.append(text)
+            known = numbers(values)
+            means.append(float(text.split(" ")[0]) if known else None)  # as it is shown
+
+        shown = {mean for mean in means if mean is not None}
+        if self.best is None or len(shown) < 2:
             return [(text, False) for text in texts]
-        best = f"{self.best(map(float, means)):{self.sign}.{self.digits}f}"
-        return [(text, mean == best) for text, mean in zip(texts, shown, strict=True)]
+        best = self.best(shown)
+        is_best = []
+        for values, mean in zip(self.values, means, strict=True):
+            is_best.append(mean == best and len(numbers(values)) == len(values))
+        return list(zip(texts, is_best, strict=True))
 
 
 class Table(NamedTuple):

@@ -47,7 +47,7 @@ def read(run: RunFolder) -> dict | None:
 
 def tables(runs: list[RunFolder]) -> list[Table]:
     """A table per model size."""
-    settings = {run: run.config for run in runs}
+    settings = {run: run.settings for run in runs}
     speedups = {}
     for run, uniform in baselines(settings).items():
         curve, uniform_curve = read(run), read(uniform)

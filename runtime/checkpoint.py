@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from cli import UserError
 from files import sync, write_text
 from model import GPT, GPTConfig
-from recipe import TrainConfig
+from recipe import TrainConfig, with_added_keys
 from runtime import distributed
 from runtime.distributed import print0
 
@@ -214,7 +214,7 @@ def find_resumable(
         )
     folder = newest_intact(out_dir)
     state = read_json(folder / "state.json" if folder else config_json)
-    saved = state.get("identity", {})
+    saved = with_added_keys(state.get("identity", {}))
     differences = []
     for key, value in identity.items():
         if saved.get(key) != value and key not in accept:

@@ -177,7 +177,9 @@ def describe(config: TrainConfig, gpt: GPTConfig, data: RunData, W: int) -> str:
             f"{tokens:,} tokens a step: {W} ranks ({config.parallel}) x {A} micro-steps x "
             f"{config.micro_batch_size} sequences",
             f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, "
-            f"{config.device}, {config.dtype}, compile {config.compile}, in {config.out_dir}",
+            f"{config.device}, {config.dtype}, compile {config.compile}, seed {config.seed}, "
+            f"in {config.out_dir}",
+            f"optimizer  {describe_optimizer(config)}",
             f"reweight   {describe_weights(config, A)}",
             f"mixture    {describe_mixture(config, data)}",
         ]
@@ -193,6 +195,20 @@ def describe_memory(config: TrainConfig, gpt: GPTConfig, W: int) -> str:
     )
 
 
+def describe_optimizer(config: TrainConfig) -> str:
+    parts = [
+        f"AdamW, learning rate {config.learning_rate} to {config.min_lr} after "
+        f"{config.warmup_steps:,} steps of warm-up",
+        f"weight decay {config.weight_decay}",
+        f"betas {config.beta1} and {config.beta2}",
+        f"clip {config.grad_clip}" if config.grad_clip else "no clipping",
+        f"dropout {config.dropout}",
+    ]
+    if config.skip_grad_norm:
+        parts.append(f"steps above {config.skip_grad_norm} median gradient norms skipped")
+    return ", ".join(parts)
+
+
 def describe_weights(config: TrainConfig, A: int) -> str:
     if config.reweight == "uniform":
         return "uniform"
@@ -200,9 +216,9 @@ def describe_weights(config: TrainConfig, A: int) -> str:
     if config.r_start:
         r += f" (from {config.r_start}, {config.r_schedule}, {config.r_steps:,} steps)"
     uniform_steps = f"after {config.reweight_warmup_steps:,} uniform steps"
-    parts = [config.reweight, r, config.reweight_norm, uniform_steps]
-    if config.max_weight:
-        parts.append(f"at most {config.max_weight} / G")
+    parts = [config.reweight, r, f"delta {config.delta}", config.reweight_norm, uniform_steps]
+    parts.append(f"at most {config.max_weight} / G" if config.max_weight else "no cap")
+    parts.append(f"over each {config.reweight_scope} batch")
     if A > 1 and config.reweight_scope == "global":
         parts.append("with a first pass for the losses (about a third more compute)")
     return ", ".join(parts)
@@ -215,4 +231,5 @@ def describe_mixture(config: TrainConfig, data: RunData) -> str:
     for i, domain in enumerate(data.train.domains):
         if p := data.sampler.weights[i]:
             domains.append(f"{domain} {p:.3f} x {samples / data.train.n_windows[i]:.2f}")
-    return f"{config.mixture} (probability x windows drawn / windows available): {', '.join(domains)}"
+    what = "probability x windows drawn / windows available"
+    return f"{config.mixture} ({what}): {', '.join(domains)}; windows {config.data_order}"

@@ -78,7 +78,8 @@ add_one() {
     echo "error: SEEDS=$SEEDS: must be numbers, such as \"42 43\"" >&2
     exit 2
   fi
-  local flags=("config/gpt2_$preset.py" ${SMOKE:+config/tiny_cpu.py} --reweight "$strategy")
+  local flags=("config/gpt2_$preset.py" ${PUBLISHED:+config/published.py} ${SMOKE:+config/tiny_cpu.py})
+  flags+=(--reweight "$strategy")
   # The one published run whose temperature is not 0.4. A script's own --r comes later and wins.
   [ "$preset $strategy" != "124m quadratic" ] || flags+=(--r 1.0)
   flags+=(--seed "$seed" "$@" "${SMOKE_FLAGS[@]}")

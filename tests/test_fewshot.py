@@ -253,11 +253,30 @@ def test_a_second_start_scores_what_is_missing(run_dir):
     assert list(json.loads(path.read_text())["tasks"]) == ["where"]
 
 
+def test_scores_are_kept_for_the_same_model_and_tasks_alone(run_dir, tmp_path):
+    path = run_dir / "eval" / "fewshot.json"
+    tasks = shutil.copytree(TASKS, tmp_path / "tasks")
+    flags = ("eval/fewshot.py", "--run", run_dir, "--include_path", tasks, "--tasks=letter")
+    flags += ("--limit=3",)
+    expect_ok(command(*flags))
+    record = json.loads(path.read_text())
+    state = json.loads(next(run_dir.glob("checkpoints/*/state.json")).read_text())
+    assert record["model_sha256"] == state["sha256"]["model.pt"]
+    assert "scored before" in expect_ok(command(*flags))
+    for key in ("model_sha256", "seed", "harness", "dtype", "local_tasks"):
+        path.write_text(json.dumps({**record, key: "another"}))
+        assert f"is of other settings ({key} another)" in expect_ok(command(*flags))
+    with open(tasks / "letter.yaml", "a") as file:
+        file.write("# another version\n")
+    assert "is of other settings (local_tasks" in expect_ok(command(*flags))
+
+
 def test_groups_have_a_row_of_their_own(run_dir, harness_index):
     expect_ok(score(run_dir, "--tasks", "choosing,where", "--num_fewshot", 0))
     tasks = json.loads((run_dir / "eval" / "fewshot.json").read_text())["tasks"]
     both = [tasks["where"], tasks["letter"]]
     assert tasks["choosing"]["score"] == pytest.approx(sum(t["score"] for t in both) / 2)
+    assert [name for name, task in tasks.items() if task["is_group"]] == ["choosing"]
     for key in ("requests", "truncated", "tokens_cut"):
         assert tasks["choosing"][key] == sum(t[key] for t in both)
 

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     args, config = read_flags(argv)
     world_size = distributed.ranks().world_size
     device = distributed.setup(config.device)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peaks = {
         "datasheet": datasheet_flops(device_name, config.dtype),
@@ -413,7 +413,8 @@ def flops_per_token(gpt: GPTConfig) -> int:
 def matmul_flops(device: torch.device, dtype: str) -> float:
     """The most FLOP/s that a square matrix product reaches on this device, in the step's dtype."""
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    of_numbers = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=of_numbers)
     seconds = take_turns([lambda: a @ a], 20, device)[:, 0, 0]
     return 2 * n**3 / seconds.min()
 
