@@ -5,6 +5,7 @@ Its Conv1D matrices are our Linear ones transposed; all names are the same.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from cli import UserError
@@ -19,6 +20,9 @@ FIXED = {
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
+# The names of the tied matrix in a GPT2LMHeadModel. A file has it under either one or under both.
+EMBEDDING = "transformer.wte.weight"
+HEAD = "lm_head.weight"
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
@@ -67,16 +71,36 @@ def read_shape(name_or_folder: str) -> dict[str, int]:
 
 
 def read_weights(name_or_folder: str) -> dict[str, Tensor]:
-    """The weights under GPT's names and in its orientation; UserError if some are missing."""
+    """The weights under GPT's names and in its orientation.
+
+    UserError if some are missing, or if the head is another matrix than the embedding.
+    """
     model_class = import_transformers().GPT2LMHeadModel
     try:
-        model, report = model_class.from_pretrained(name_or_folder, output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            name_or_folder,
+            tie_word_embeddings=False,  # or a head that differs could replace the embedding
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     except Exception as error:  # raised by the hub, or by the reader of a damaged file
         raise cannot_open(name_or_folder, error) from None
-    missing = sorted(report["missing_keys"])
+    head, embedding = model.lm_head.weight, model.transformer.wte.weight
+    missing = set(report["missing_keys"])
+    if HEAD in missing:
+        missing.remove(HEAD)
+    elif EMBEDDING in missing:
+        missing.remove(EMBEDDING)
+        model.transformer.wte.weight = head
+    elif not torch.equal(head, embedding):
+        raise UserError(
+            f"{name_or_folder}: its {HEAD} and {EMBEDDING} differ, and only a head tied to the "
+            "embedding is computed here; give a model with a tied head"
+        )
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{name_or_folder}: its weights lack {missing[0]}{more}; restore the file")
+        first, *others = sorted(missing)
+        more = f" and {len(others)} more" if others else ""
+        raise UserError(f"{name_or_folder}: its weights lack {first}{more}; restore the file")
     return transposed(model.transformer.state_dict())
 
 

@@ -47,7 +47,7 @@ from corpus import sample as sample_corpus
 from corpus import tokenizer as tokenizers
 from corpus import units
 from corpus.documents import SUFFIXES, Segment
-from corpus.manifest import DOMAINS, SCHEMA, all_shards, read_manifest
+from corpus.manifest import DOMAINS, PREPARING, SCHEMA, all_shards, read_manifest
 from corpus.plan import (
     Plan,
     differences,
@@ -530,7 +530,7 @@ def delete(out: Path) -> None:
     (out / "manifest.json").unlink(missing_ok=True)
     for path in shard_files(out):
         path.unlink()
-    for path in (out / "preparing").glob("*"):
+    for path in (out / PREPARING).glob("*"):
         if not path.name.startswith("lock"):
             path.unlink()
 
@@ -569,7 +569,7 @@ def merge(out: Path) -> None:
     if (out / "manifest.json").exists():
         print_complete(out, read_manifest(out))
         return
-    if not (out / "preparing" / "plan.json").is_file():
+    if not (out / PREPARING / "plan.json").is_file():
         raise UserError(f"--merge: no parts in {out}; make them with --part 1/M to --part M/M")
     plan = Plan(out)
     states = [plan.state(unit) for unit in range(len(plan.units))]
@@ -620,15 +620,15 @@ def prepare(args: argparse.Namespace) -> None:
         return
     rate = 2 * rates[1] if rates else 0.0
     try:
-        (out / "preparing").mkdir(parents=True, exist_ok=True)
+        (out / PREPARING).mkdir(parents=True, exist_ok=True)
         name = f"lock_{k}" if args.part else "lock"
-        with files.lock(out / "preparing" / name, f"{out}: another preparation writes there"):
+        with files.lock(out / PREPARING / name, f"{out}: another preparation writes there"):
             if args.overwrite:
-                for path in (out / "preparing").glob("lock_[0-9]*"):  # no part may be running
+                for path in (out / PREPARING).glob("lock_[0-9]*"):  # no part may be running
                     files.lock(path, f"{out}: a part is prepared there").close()
                 delete(out)
             elif is_complete(out, settings, tokenizer):  # another process has just finished it
-                shutil.rmtree(out / "preparing")
+                shutil.rmtree(out / PREPARING)
                 return
             plan = open_plan(out, settings, tokenizer, n_parts, all_units)
             write(plan, k, args, rate)

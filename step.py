@@ -33,6 +33,8 @@ class Trainer:
         self.raw = raw.to(device)
         self.raw.loss_chunk, self.raw.recompute = config.loss_chunk, config.recompute
         if config.compile != "off":
+            if config.compile == "on" and config.recompute != "none" and config.dropout:
+                let_recomputed_noise_repeat()
             self.raw.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
         if config.compile == "graphs":
             # Gradients keep memory of their own: the graph would write the next micro-step's over
@@ -130,7 +132,8 @@ class Trainer:
         # Dropout noise depends on the step and the micro-batch's first sample alone: both passes,
         # any layout and a resumed run see the same.
         first_of_all = distributed.ranks().rank * len(x) + first
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + first_of_all) % 2**63)
+        seed = ((config.seed * 1_000_003 + step) * 1_000_003 + first_of_all) % 2**63
+        seed_noise(self.device, seed)
         rows = slice(first, first + config.micro_batch_size)
         bf16 = config.dtype == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -167,6 +170,24 @@ class Trainer:
         distributed.set_state(self.raw, self.optimizer, tensors)
         self.domain_losses.copy_(torch.tensor(numbers["domain_losses"]))
         self.guard.norms.copy_(torch.tensor(numbers["grad_norms"]))
+
+
+def seed_noise(device: torch.device, seed: int) -> None:
+    """torch.manual_seed for the CPU and one device: for all backends it takes 0.2 ms."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def let_recomputed_noise_repeat() -> None:
+    """Let compiled attention that is recomputed on cuda draw its dropout from the seeded generator.
+
+    By default it has generators of its own, which no seed reaches, so a resumed run would draw
+    other noise. Not for CUDA graphs: the generator's state is then kept on the host.
+    """
+    torch._functorch.config.graphsafe_rng_functionalization = False
 
 
 class Guard:

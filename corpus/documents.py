@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from cli import UserError, nearest
 from corpus import sample as sample_corpus
-from corpus.manifest import DOMAINS, SET_NAMES
+from corpus.manifest import DOMAINS, SET_NAMES, find_name_defect
 from corpus.tokenizer import replace_surrogates
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -90,10 +90,13 @@ def parse_schema(text: str | None) -> Schema:
             f"--schema {text}: expected text=FIELD,domain=FIELD or text=FIELD,constant=NAME"
         )
     schema = Schema(fields["text"], fields.get("domain"), fields.get("constant"))
-    if schema.constant and not re.fullmatch("[a-z0-9][a-z0-9_-]*", schema.constant):
-        raise UserError(
-            f"--schema {text}: the constant names a folder; use small letters, digits, - and _"
-        )
+    if schema.constant:
+        defect = find_name_defect(schema.constant)
+        if defect:
+            raise UserError(
+                f"--schema text={schema.text},constant={schema.constant!r:.120}: no name for a "
+                f"domain ({defect}); choose another name"
+            )
     return schema
 
 

@@ -5,6 +5,7 @@ This module imports no torch, so that the data preparation starts quickly.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SET_NAMES = {
     "RedPajamaWikipedia": "wikipedia",
 }
 DOMAINS = tuple(SET_NAMES.values())
+PREPARING = "preparing"  # the folder, beside the domains', of an unfinished preparation
 
 # The keys that must be in a manifest and in its parts, and the types of their values.
 MANIFEST_FORM = {"tokenizer": dict, "source": dict, "domains": dict}
@@ -36,6 +38,15 @@ SHARD_FORM = {
     "file_bytes": int,
     "sha256": str,
 }
+
+
+def find_name_defect(domain: str) -> str | None:
+    """Why no domain may have this name, which is that of a folder in the data folder; else None."""
+    if domain == PREPARING:
+        return "the preparation keeps its own files in a folder of that name"
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,99}", domain):
+        return "it names a folder: 1 to 100 small letters, digits, - and _, first a letter or digit"
+    return None
 
 
 def in_order(domains: Iterable[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import files
 from cli import UserError
 from corpus.documents import HELD_OUT, Schema, Segment, file_segments, find_files, hub_segments
-from corpus.manifest import DOMAINS
+from corpus.manifest import DOMAINS, PREPARING
 
 MAX_UNITS = 256  # of a small corpus; a large one has units of MAX_UNIT bytes
 MIN_UNIT, MAX_UNIT = 4 << 20, 512 << 20  # bytes on disk
@@ -29,7 +29,7 @@ class Plan:
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
-        self.folder = self.out / "preparing"
+        self.folder = self.out / PREPARING
         content = read_json(self.folder / "plan.json")
         self.settings = content["source"]
         self.tokenizer = content["tokenizer"]
@@ -201,7 +201,7 @@ def open_plan(
     out: Path, settings: dict, tokenizer: dict, parts: int, all_units: list[list[Segment]]
 ) -> Plan:
     """The folder's plan: a new one, or the same from an earlier start; UserError if it differs."""
-    path = out / "preparing" / "plan.json"
+    path = out / PREPARING / "plan.json"
     if not path.exists():
         plan = {"source": settings, "tokenizer": tokenizer, "parts": parts, "units": all_units}
         create_once(path, json.dumps(plan))

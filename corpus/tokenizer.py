@@ -6,6 +6,7 @@ tokenizer = load("gpt2"); ids = tokenizer.encode_to_numpy("text")  # uint16, no 
 import hashlib
 import importlib.util
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -195,16 +196,51 @@ def load_bytes() -> Tokenizer:
 
 # Hugging Face
 
+# Any of these in a folder means that it is to have a tokenizer.
+HF_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def has_rows_for(n_vocab: int, n_rows: int) -> bool:
+    """Whether a model's vocabulary of n_rows is that of a tokenizer, padded or not.
+
+    Many models pad it to a multiple of 64, as ours do; the rows added are never a target.
+    """
+    return n_vocab <= n_rows <= 64 * math.ceil(n_vocab / 64)
+
 
 def matches_hf_tokenizer(name: str, model: str) -> bool:
     """Whether our tokenizer gives the same ids as the one of a Hugging Face model (name or folder).
 
-    True also for a model without a tokenizer: nothing is known against it.
+    True also for a model without a tokenizer: nothing is known against it. UserError for one whose
+    tokenizer does not open.
     """
     from transformers import AutoTokenizer  # only here: training needs no transformers
 
-    try:
-        theirs = AutoTokenizer.from_pretrained(model)(PROBE, add_special_tokens=False)["input_ids"]
-    except Exception:  # there is no tokenizer, or none that opens
+    folder = Path(model)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in HF_FILES):
         return True
-    return not theirs or theirs == load(name).encode_to_numpy(PROBE).tolist()
+    try:
+        tokens = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        theirs = tokens(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # of any kind, as each format has a reader of its own
+        if isinstance(error, OSError) and not folder.is_dir():
+            return True  # the hub has no tokenizer for this name, or cannot be reached
+        raise damaged_hf_tokenizer(model, str(error).strip() or type(error).__name__) from None
+    if not theirs:
+        if folder.is_dir():  # transformers makes an empty one where the vocabulary is missing
+            raise damaged_hf_tokenizer(model, "it gives a text no tokens")
+        return True
+    return theirs == load(name).encode_to_numpy(PROBE).tolist()
+
+
+def damaged_hf_tokenizer(model: str, reason: str) -> UserError:
+    return UserError(
+        f"{model}: its tokenizer cannot be opened ({reason.splitlines()[0].rstrip('.')}); restore "
+        "its files, tokenizer.json or vocab.json and merges.txt among them"
+    )

@@ -31,6 +31,7 @@ from corpus.manifest import in_order
 from eval import perplexity
 from eval.runs import Column, RunFolder, columns_of, read_runs
 from reweight import STRATEGIES, normalize_losses, sample_weights
+from runtime.telemetry import BOUND
 
 # Okabe and Ito's colors, safe for color-blind readers. In black and white, lines, markers and
 # hatches tell runs apart.
@@ -93,6 +94,7 @@ def training_charts(columns: Columns) -> list[Chart]:
         make_chart("training loss, unweighted (nats)", loss),
         sample_size_chart(columns),
         make_chart("largest weight (1: the mean)", largest, low=0),
+        bound_chart(columns),
         make_chart("% of samples by loss, last evaluation", of_losses, low=0, x="loss"),
         make_chart("% of samples by weight, last evaluation", of_weights, low=0, x="weight"),
     ]
@@ -102,6 +104,13 @@ def sample_size_chart(columns: Columns) -> Chart:
     """1 / sum of squared weights, as a share of the global batch."""
     lines = over_steps(columns, "train", "ess")
     return make_chart("effective sample size (share of the batch)", lines, low=0, high=1.05)
+
+
+def bound_chart(columns: Columns) -> Chart:
+    """How often a run breaks the assumption of the paper's analysis."""
+    lines = over_steps(columns, "train", "above_bound")
+    title = f"share of steps with a weight above {BOUND:g} / G"
+    return make_chart(title, lines, low=0, high=1.05)
 
 
 def share_charts(columns: Columns, label: str) -> list[Chart]:
@@ -451,6 +460,8 @@ def weights() -> Figure:
                 **style(i),
             )
         ax.plot(h, f(h, 1.0), label="f(h)", color="0.6", linewidth=1)
+        bound = f"{BOUND:g}: assumed by the paper's analysis"
+        ax.axhline(BOUND, label=bound, color="0.3", linewidth=0.8, linestyle=":")
         ax.set_title(name, fontsize=9)
         ax.set_ylim(bottom=-0.1)
 
@@ -461,7 +472,7 @@ def weights() -> Figure:
         handles,
         labels,
         loc="outside upper center",
-        ncols=4,
+        ncols=5,
     )
     return figure
 
@@ -502,8 +513,8 @@ def plot_runs(runs: list[RunFolder], to: Path) -> None:
             figure = panels(charts, names, "share of weight / share of samples")
             save(figure, to / f"weight_by_{label}.png")
 
-    figure = panels([sample_size_chart(columns)], names, "effective sample size / G")
-    save(figure, to / "effective_sample_size.png")
+    charts = [sample_size_chart(columns), bound_chart(columns)]
+    save(panels(charts, names, "share"), to / "effective_sample_size.png")
 
     results = perplexity.read_all(runs)
     if results:

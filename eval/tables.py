@@ -45,6 +45,11 @@ LATEX = {
 }
 
 
+# Text that begins like this is a formula to a spreadsheet, but an interval of ours is not.
+FORMULA = re.compile(r"[=+\-@\t\r]")
+INTERVAL = re.compile(r"[+-]\d+\.\d+ to [+-]\d+\.\d+")
+
+
 def collect_tables(runs: list[RunFolder], what: list[str] | None = None) -> list[Table]:
     """The tables of the kinds in `what`, in that order; by default all that the runs have data for.
 
@@ -144,9 +149,19 @@ def as_csv(tables: list[Table]) -> str:
                 value = fmean(known) if known else cell(values, row.digits)
                 spread = std(known) if len(known) > 1 else None
                 error = row.errors[i][0] if row.errors and len(values) == 1 else None
-                place = [table.what, table.model, row.label, name]
-                writer.writerow([*place, value, spread, error, len(known)])
+                line = [table.what, table.model, row.label, name, value, spread, error, len(known)]
+                writer.writerow(map(without_formula, line))
     return out.getvalue().rstrip("\n")
+
+
+def without_formula(value: float | str | None) -> float | str | None:
+    """A cell for a CSV file; text that a spreadsheet would run gets an apostrophe before it.
+
+    Names of runs, domains and tasks may come from other people's files.
+    """
+    if isinstance(value, str) and FORMULA.match(value) and not INTERVAL.fullmatch(value):
+        return f"'{value}"
+    return value
 
 
 FORMATS = {  # name -> function, ending of the file

@@ -3,7 +3,7 @@
 --init_from is a Hugging Face GPT-2 (hub name or folder) or another run of train.py. Only the
 weights are taken: the optimizer, the data order and the step start anew. Layers, heads, width and
 vocabulary are the source's. So the released GPT-2 stays at 50257 rows: zero rows that pad it to
-50304 would enter the softmax.
+50304 would enter the softmax. A source that is padded keeps the rows that it was trained with.
 """
 
 from dataclasses import replace
@@ -53,7 +53,7 @@ def read_shape(source: str, data_tokenizer: dict) -> GPTConfig:
         fits = state.get("tokenizer_sha256") == data_tokenizer["sha256"]
     else:
         shape = GPTConfig(**hf.read_shape(source))
-        fits = shape.vocab_size == data_tokenizer["n_vocab"]
+        fits = tokenizer.has_rows_for(data_tokenizer["n_vocab"], shape.vocab_size)
         fits = fits and tokenizer.matches_hf_tokenizer(name, source)
     if not fits:
         raise UserError(

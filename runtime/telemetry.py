@@ -26,6 +26,7 @@ SAMPLE = np.dtype(
     [("step", "<u4"), ("domain", "u1"), ("window", "<u4"), ("loss", "<f4"), ("weight", "<f4")]
 )
 BINS = 50  # of a histogram
+BOUND = 2.0  # the paper's analysis assumes that no weight exceeds 2 / G
 MAX_SKIPPED = 20  # skipped steps in a row before the run ends
 
 
@@ -241,8 +242,9 @@ def weight_statistics(
     """(K, G) losses, weights and domain indices -> means over the K steps.
 
     ess: effective sample size 1 / sum w^2 as a fraction of G. max_weight: the largest of all steps,
-    times G. entropy: of the weights in nats, at most log G; KL(w || uniform) = log G - entropy.
-    correlation: of weight and loss; 0 where all weights are equal.
+    times G. above_bound: the share of steps with a weight above BOUND / G. entropy: of the weights
+    in nats, at most log G; KL(w || uniform) = log G - entropy. correlation: of weight and loss; 0
+    where all weights are equal.
     """
     G = losses.shape[1]
     centered_weights = weights - weights.mean(1, keepdims=True)
@@ -254,6 +256,7 @@ def weight_statistics(
         "loss": losses.mean(1),
         "weighted_loss": (weights * losses).sum(1),
         "ess": 1 / (weights**2).sum(1) / G,
+        "above_bound": weights.max(1) * G > BOUND * (1 + 1e-6),  # a weight capped there is not
         "entropy": -(weights * logs).sum(1),
         "correlation": (centered_weights * centered_losses).sum(1) / spread,
     }

@@ -16,6 +16,7 @@ from test_train import SMALL, model_of, records, run, without_times
 
 import data
 import train
+from cli import UserError
 from corpus import tokenizer
 from corpus.manifest import read_manifest
 from model import GPT, GPTConfig
@@ -268,6 +269,57 @@ def test_first_loss_is_the_sources_own(hf_gpt2, sample_data, tmp_path):
     assert json.loads((tmp_path / "one" / "config.json").read_text())["model"] == "from_small"
 
 
+def test_a_head_equal_to_the_embedding_is_accepted(hf_gpt2, tmp_path):
+    """A tied matrix may be in the file under both names, or under the head's alone."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(hf_gpt2[1], tmp_path / "source")
+    add_head(folder, 1.0)
+    expected = hf_gpt2[0].transformer.wte.weight
+    assert torch.equal(GPT.from_pretrained(str(folder)).wte.weight, expected)
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.wte.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(GPT.from_pretrained(str(folder)).wte.weight, expected)
+
+
+def test_no_code_of_a_source_is_trusted(hf_gpt2, tmp_path, monkeypatch):
+    """False by name: left out, transformers would ask at the terminal."""
+    folder = shutil.copytree(hf_gpt2[1], tmp_path / "source")
+    (folder / "tokenizer.json").write_text("{}")
+    calls = []
+
+    def refuse(name, **options):
+        calls.append(options)
+        raise ValueError("not opened")
+
+    for kind in (transformers.AutoTokenizer, transformers.GPT2LMHeadModel):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="not opened"):
+        tokenizer.matches_hf_tokenizer("bytes", str(folder))
+    with pytest.raises(UserError, match="not opened"):
+        GPT.from_pretrained(str(folder))
+    assert [options.get("trust_remote_code") for options in calls] == [False, False]
+
+
+def test_a_padded_vocabulary_as_source(hf_gpt2, sample_data, tmp_path):
+    """The rows that pad it stay, so that the model computes what the source does."""
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(hf_gpt2[1])
+    theirs.resize_token_embeddings(320)
+    theirs.save_pretrained(tmp_path / "padded")
+    expect_ok(start_from(tmp_path / "padded", sample_data, tmp_path / "out", "--max_steps=1"))
+    shape = checkpoint.read_shape(checkpoint.find_latest(tmp_path / "out"))
+    assert shape == GPTConfig(3, 4, 48, block_size=32, vocab_size=320)
+    split = data.Split(sample_data, read_manifest(sample_data), "train", 32)
+    sampler = data.DomainSampler(data.mixture_weights("uniform", split), split.n_windows, 8, 42)
+    x, y, _ = data.read_batch(split, sampler.draw(0), pin=False)
+    with torch.no_grad():
+        logits = theirs.eval()(x).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y).item()
+    loss = records(tmp_path / "out", "train")[0]["loss"]
+    assert logits.size(-1) == 320 and loss == pytest.approx(expected, abs=1e-5)
+
+
 def test_resume_does_not_need_the_source(hf_gpt2, sample_data, tmp_path):
     shutil.copytree(hf_gpt2[1], tmp_path / "source")
     flags = (
@@ -341,6 +393,15 @@ def without(tensor):
     return remove
 
 
+def add_head(folder, factor):
+    """A head in the file, `factor` times the embedding."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] * factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def other_tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -378,6 +439,11 @@ SOURCES = {  # case -> what is done to the folder of a GPT-2, flags, words of th
         [],
         ["tie_word_embeddings False"],
     ),
+    "a head of its own": (
+        lambda f: add_head(f, 2.0),
+        [],
+        ["lm_head.weight", "wte.weight", "differ", "give a model"],
+    ),
     "another width of the MLP": (lambda f: changed(f, n_inner=64), [], ["n_inner 64", "192"]),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
@@ -402,12 +468,22 @@ SOURCES = {  # case -> what is done to the folder of a GPT-2, flags, words of th
         ["lack", "h.1.ln_1.weight", "restore"],
     ),
     "weights of another width": (lambda f: changed(f, n_embd=64), [], ["cannot be opened"]),
-    "another vocabulary": (
-        lambda f: changed(f, vocab_size=300),
+    "a vocabulary beyond the padding": (
+        lambda f: changed(f, vocab_size=321),
         [],
-        ["vocabulary 300", "bytes, 257"],
+        ["vocabulary 321", "bytes, 257"],
+    ),
+    "a vocabulary too small": (
+        lambda f: changed(f, vocab_size=256),
+        [],
+        ["vocabulary 256", "bytes, 257"],
     ),
     "another tokenizer": (other_tokenizer, [], ["another tokenizer", "bytes, 257"]),
+    "a damaged tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        [],
+        ["source: its tokenizer cannot be opened", "restore"],
+    ),
     "another size": (
         None,
         ["--model=tiny"],

@@ -68,7 +68,11 @@ def test_initialisation_is_gpt2s():
     torch.manual_seed(0)
     model = GPT(replace(SMALL, n_embd=128, vocab_size=1000))
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    for block in model.h:
+        for part in (block.attn, block.mlp):
+            assert part.c_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+        assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (model.h[0].ln_1.weight == 1).all() and (model.h[0].mlp.c_fc.bias == 0).all()
 
 
@@ -88,6 +92,31 @@ def test_dropout_works_in_training_only():
     x = torch.randint(0, 211, (1, 20))
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+def share_of_zeros(x):
+    return (x == 0).double().mean().item()
+
+
+def test_dropout_is_at_gpt2s_four_places():
+    """After the embeddings, on the attention's weights, and on what either half of a block adds."""
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, dropout=0.3)).train()
+    idx = torch.randint(0, 211, (8, 20))
+    seen = {}
+    model.h[0].register_forward_hook(lambda _, inputs, out: seen.update(embedded=inputs[0]))
+    model(idx)
+    assert share_of_zeros(seen["embedded"]) == pytest.approx(0.3, abs=0.03)
+
+    block, x = model.h[0], torch.randn(8, 20, SMALL.n_embd)
+    with torch.no_grad():
+        for part in (block.attn, block.mlp):
+            added, kept = part(x), part.eval()(x)
+            part.train()
+            assert share_of_zeros(added) == pytest.approx(0.3, abs=0.03)
+            same = torch.isclose(added, kept / 0.7, rtol=1e-4, atol=1e-7) | (added == 0)
+            # What is kept of the MLP is scaled up; of attention it has noise of its own.
+            assert same.all() if part is block.mlp else same.double().mean() < 0.5
 
 
 def step(dropout=0.0, bf16=False, compiled=False, n_layer=3, **ways):

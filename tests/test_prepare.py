@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, command, expect_error, expect_ok
 
 from corpus import tokenizer
-from corpus.manifest import DOMAINS, read_manifest
+from corpus.manifest import DOMAINS, find_name_defect, read_manifest
 
 TEXTS = {
     "RedPajamaC4": ["Buy now.", "Grüße, <|endoftext|> and more"],
@@ -313,6 +313,72 @@ def test_wrong_input(case, tmp_path):
     args, words = broken(case, tmp_path / "in")
     expect_error(prepare(tmp_path / "out", *args), *words)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "preparing",
+        "manifest.json",
+        "manifest.json.tmp",
+        "a/b",
+        "a/",
+        "..",
+        ".hidden",
+        "-flag",
+        "_x",
+        "two words",
+        "line\nbreak",
+        "web\n",
+        "Web",
+        "a" * 101,
+    ],
+)
+def test_names_that_no_domain_may_have(name, tmp_path):
+    """A domain is a folder in --out, beside what the preparation keeps there."""
+    write(tmp_path / "in" / "train.jsonl", RECORDS * 20)
+    inputs = ("--input", tmp_path / "in", "--split", "train=train")
+    done = prepare(tmp_path / "out", *inputs, "--schema", f"text=text,constant={name}")
+    expect_error(done, "--schema text=text,constant=", "domain", "choose another name")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_name_of_a_domain(tmp_path):
+    write(tmp_path / "train.jsonl")
+    done = prepare(
+        tmp_path / "out",
+        "--input",
+        tmp_path,
+        "--schema",
+        "text=text,constant=",
+        "--split",
+        "train=train",
+    )
+    expect_error(done, "--schema text=text,constant=", "expected text=FIELD")
+
+
+@pytest.mark.parametrize("name", ["file", "a" * 100, "9_b-c", "train", "manifest"])
+def test_names_that_a_domain_may_have(name, tmp_path):
+    write(tmp_path / "train.jsonl", RECORDS * 20)
+    schema = ("--split", "train=train", "--schema", f"text=text,constant={name}")
+    expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "train.jsonl", *schema))
+    assert list(read_manifest(tmp_path / "out")["domains"]) == [name]
+    assert len(tokens(tmp_path / "out", name, "train")) > 0
+    expect_ok(command("prepare_slimpajama.py", "--verify", tmp_path / "out"))
+
+
+def test_domains_that_documents_name_have_such_names():
+    """A document can only name one of DOMAINS, and a new one of these must be a folder's name."""
+    assert [find_name_defect(domain) for domain in DOMAINS] == [None] * len(DOMAINS)
+
+
+def test_a_document_cannot_name_the_folder_that_is_written(tmp_path):
+    for name in ("preparing", "../c4", "manifest.json", ""):
+        write(tmp_path / "train.jsonl", [{"text": "x", "source": name}])
+        flags = ("--split", "train=train", "--schema", "text=text,domain=source")
+        done = prepare(tmp_path / "out", "--input", tmp_path, *flags)
+        expect_error(done, "train.jsonl, line 1", f"unknown domain source {name!r}")
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):

@@ -190,6 +190,57 @@ def test_what_run_folders_say_is_only_text(tmp_path):
     assert EVIL in page.all("pre")[-1][1]
 
 
+def test_names_of_domains_and_runs_are_only_text(tmp_path):
+    """In every place that shows them: text, attributes and the charts' data."""
+    domain = "</script><script>alert(1)</script>&amp;\"'--><img src=x onerror=alert(1)>$x^2$"
+    name = "\"><img src=x onerror=alert(3)>&lt;'"
+    domains = ("c4", domain)
+    config = {"model": domain, "mixture": name, "device": name, "world_size": 2}
+    config |= {"versions": {name: domain}, "git_commit": name, "command": domain}
+    runs = []
+    for strategy, seed in ((name, 1), (f"{name} {domain}", 1), (name, 2)):
+        folder = make_run(
+            tmp_path / f"{name}{len(runs)}",
+            [1.0, 2.0 + len(runs)],
+            domains=domains,
+            reweight=strategy,
+            seed=seed,
+            **config,
+            **{domain: strategy},
+        )
+        runs.append(folder)
+    (runs[1] / "eval" / "perplexity.json").unlink()
+    page = report(tmp_path / "r.html", *runs)  # every tag is closed in its place
+
+    ((attrs, _),) = page.all("script")
+    assert attrs == {}
+    assert not page.all("img")
+    for tag, attrs, _ in page.elements:
+        assert not any(key.startswith("on") for key in attrs)
+        assert "alert" not in tag + "".join(attrs)
+    for kind in ("ppl", "loss", "bits_per_byte"):
+        (tab,) = page.all("div", **{"class": f"tab {kind}"})
+        assert tab[1].count(domain) >= 3  # the title, the row, and which domain is the worst
+    captions = [text for _, text in page.all("figcaption")]
+    assert captions.count(domain) == 2  # the loss and the share of the weight
+    labels = [attrs["aria-label"] for attrs, _ in page.all("svg", role="img")]
+    assert labels.count(domain) == 2
+    assert domain in [text for _, text in page.all("th", scope="col")]  # a key of config.json
+    notes = [text for _, text in page.all("p", **{"class": "muted"})]
+    assert any(f"over seeds ({name}" in text for text in notes)
+    settings = {setting for setting, _ in page.lines(domain)}
+    assert len(settings) == 2 and all(setting.startswith(name) for setting in settings)
+    assert {run.name for run in runs} <= page.rows().keys()
+    summaries = [text for _, text in page.all("summary")]
+    assert summaries == [f"config of {run.name}" for run in runs]
+    for fact in (domain, name, f"{name} {domain}"):
+        assert any(fact in text for _, text in page.all("dd"))
+    assert f"{runs[1].name} is not evaluated" in page.header
+    assert f"-- {domain}\n" in page.all("pre")[-1][1]
+    assert page.all("title")[0][1].startswith(name) and page.all("h1")[0][1].startswith(name)
+    assert page.all("p", **{"class": "lead"})[1][1].startswith(f"Average loss, {name}")
+
+
 def test_seeds_are_one_setting(tmp_path):
     folders = []
     for strategy, loss in (("uniform", 1.0), ("upper", 1.5)):

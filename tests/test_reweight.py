@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipe import TrainConfig
 from reweight import (
     NORMS,
     STRATEGIES,
@@ -253,6 +254,17 @@ def test_one_corrupt_sample(n):
     }
     assert weights["minmax"][n] > 8 * weights["minmax"][:n].max()
     assert weights["quantile"][n] == weights["quantile"][:n].max()
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize(
+    "extreme", [{"r": 3e-39}, {"r": 1e-20, "delta": 1e9}, {"r": 0.4, "delta": 1e-38}]
+)
+def test_extreme_settings_that_are_allowed_give_finite_weights(strategy, extreme):
+    config = TrainConfig(**extreme)
+    losses = torch.linspace(1.0, 5.0, 8)
+    weights = sample_weights(losses, strategy, config.r, config.delta)
+    assert weights.isfinite().all() and weights.sum().item() == pytest.approx(1)
 
 
 def test_quantile_norm_by_hand():

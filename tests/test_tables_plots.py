@@ -13,7 +13,7 @@ from conftest import command, expect_error, expect_ok
 from matplotlib.figure import Figure
 
 from data import DOMAINS
-from eval.compare import minutes_to, paired_difference, speedup, steps_to
+from eval.compare import estimate, minutes_to, speedup, steps_to
 from eval.runs import run_names
 
 CONFIG = {
@@ -56,10 +56,10 @@ def make_run(
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text(json.dumps(record))
     if windows:
-        np.savez(
-            folder / "eval" / "perplexity_windows.npz",
-            **{d: np.float32(v) for d, v in windows.items()},
-        )
+        arrays = {domain: np.float32(values) for domain, values in windows.items()}
+        for domain, values in windows.items():  # each window is a document
+            arrays[f"documents/{domain}"] = np.stack([values, np.ones(len(values))], axis=1)
+        np.savez(folder / "eval" / "perplexity_windows.npz", **arrays)
     if fewshot:
         (folder / "eval" / "fewshot.json").write_text(json.dumps(fewshot))
     lines = [{"kind": "eval", **record, "step": step} for step in (0, 5, 9)]
@@ -144,6 +144,49 @@ def test_csv(runs):
     assert {r["model"] for r in rows} == {"tiny"} and {r["std"] for r in rows} == {""}
 
 
+def test_no_text_in_the_csv_is_a_formula(tmp_path):
+    """Spreadsheets run a cell that begins with one of = + - @, quoted or not."""
+    formulas = ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3", "@SUM(1)", "\t=1", "+1.5 to =2", "-1"]
+    names = [*formulas, "c4", "a=b", "1-2"]
+    losses = [1.0 + i for i in range(len(names))]
+    runs = [
+        make_run(tmp_path / "a", losses, domains=names, model="=1+1"),
+        make_run(
+            tmp_path / "b",
+            [0.5, *losses[1:]],
+            domains=[*names[:-1], "=z"],
+            model="=1+1",
+            reweight="-1+1",
+        ),
+    ]
+    text = expect_ok(command("eval/tables.py", *runs, "--format", "csv"))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    of = {(row["table"], row["row"], row["setting"]): row for row in rows}
+    assert {row["model"] for row in rows} == {"'=1+1"}
+    assert {row["setting"] for row in rows} == {"uniform", "'-1+1"}
+    labels = {row["row"] for row in rows if row["table"] == "loss"}
+    assert {f"'{formula}" for formula in formulas} <= labels
+    assert {"c4", "a=b", "1-2", "average loss"} <= labels
+    assert of["loss", "which one", "'-1+1"]["value"] == "'=z"
+    for row in rows:  # numbers stay numbers, also negative ones
+        if row["table"] == "difference" and row["row"] == f"'{formulas[0]}":
+            assert float(row["value"]) == -0.5
+        for cell in row.values():
+            assert cell[:1] not in "=@\t" or not cell
+            assert cell[:1] not in ("+", "-") or float(cell) < 0
+
+
+def test_an_interval_in_the_csv_is_no_formula():
+    from eval.runs import Row, Table
+    from eval.tables import as_csv
+
+    values = ["-0.1250 to +0.0300", "+0.1 to +0.3", "+1.0 to 2+3", "-1"]
+    row = Row("interval", [[value] for value in values])
+    table = Table("loss", "", "tiny", "", ["a"] * len(values), [row])
+    written = [line["value"] for line in csv.DictReader(io.StringIO(as_csv([table])))]
+    assert written == [*values[:2], "'+1.0 to 2+3", "'-1"]
+
+
 def test_latex(tmp_path):
     runs = [
         make_run(
@@ -226,7 +269,7 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
     rows = found["Loss minus uniform, tiny"]
     assert rows["domain"] == ["upper block_size=None", "upper block_size=7"]
     assert rows["average loss"] == rows["book"] == ["+0.0233 ± 0.0058", "missing"]
-    assert rows["p (windows)"] == ["missing", "missing"]  # no file with the windows
+    assert rows["p (documents)"] == ["missing", "missing"]  # no file with the documents
     rows = list(
         csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv"))))
     )
@@ -241,70 +284,47 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
     )
 
 
-def test_paired_difference_by_hand():
-    mean, low, high, p = paired_difference({"a": np.array([1.0, 2, 3, 6]), "b": np.array([0.0, 2])})
-    # Blocks (1, 2), (3, 6) are 3 off their expected sums, blocks (0), (2) are 1 off: this gives the
-    # variances of the two means.
-    error = math.sqrt(2 * 18 / 4**2 + 2 * 2 / 2**2) / 2
-    assert (mean, low, high) == pytest.approx((2.0, 2.0 - 1.96 * error, 2.0 + 1.96 * error))
-    assert p == pytest.approx(math.erfc(2 / error / 2**0.5)) and 0.02 < p < 0.03
-    assert paired_difference({"a": np.zeros(9)})[3] == 1 and math.isnan(
-        paired_difference({"a": np.ones(1)})[3]
-    )
-
-
-@pytest.mark.parametrize("alike", [1, 8])
-def test_paired_difference_seldom_sees_what_is_not_there(alike):
-    """A twentieth false alarms, also where `alike` neighbouring windows are of one document."""
-    rng = np.random.default_rng(1)
-    found = [
-        paired_difference(
-            {"a": np.repeat(rng.gamma(2, 1, 150) - 2, alike), "b": rng.normal(0, 2, 900)}
-        )[3]
-        for _ in range(1000)
-    ]
-    assert 0.03 < np.mean(np.array(found) < 0.05) < 0.09
-
-
-def test_the_paired_test_averages_the_seeds_windows_first(tmp_path):
-    rng, runs, windows = np.random.default_rng(2), [], {}
-    for s in ("uniform", "upper"):
-        for k in (1, 2):
-            windows[s, k] = {
-                d: rng.normal(2 + 0.1 * (s == "upper"), 0.3, n).astype(np.float32)
-                for d, n in (("arxiv", 40), ("fineweb", 90))
-            }
-            runs.append(
-                make_run(
-                    tmp_path / f"{s}{k}",
-                    [v.mean(dtype=float) for v in windows[s, k].values()],
-                    domains=("arxiv", "fineweb"),
-                    windows=windows[s, k],
-                    reweight=s,
-                    seed=k,
-                )
-            )
+def test_the_paired_test_averages_the_seeds_documents_first(tmp_path):
+    rng, runs, losses = np.random.default_rng(2), [], {}
+    n_documents = {"arxiv": 40, "fineweb": 90}
+    for strategy, worse in (("uniform", 0), ("upper", 0.1)):
+        for seed in (1, 2):
+            own = {domain: rng.normal(2 + worse, 0.3, n) for domain, n in n_documents.items()}
+            losses[strategy, seed] = own
+            means = [values.mean() for values in own.values()]
+            out = tmp_path / f"{strategy}{seed}"
+            changes = {"reweight": strategy, "seed": seed}
+            runs.append(make_run(out, means, domains=tuple(own), windows=own, **changes))
     rows = tables(*runs, what="difference")["Loss minus uniform, tiny"]
-    expected = paired_difference(
-        {
-            d: (
-                windows["upper", 1][d]
-                - windows["uniform", 1][d]
-                + windows["upper", 2][d]
-                - windows["uniform", 2][d]
-            )
-            / 2
-            for d in ("arxiv", "fineweb")
-        }
-    )
-    assert rows["average loss"][0].startswith(f"{expected[0]:+.4f} ± ")
-    assert rows["95 % interval (windows)"] == [f"{expected[1]:+.4f} to {expected[2]:+.4f}"]
-    assert rows["p (windows)"] == [f"{expected[3]:.4f}" if expected[3] >= 1e-4 else "<0.0001"]
-    (runs[3] / "eval" / "perplexity_windows.npz").unlink()
+    differences = []
+    for domain, n in n_documents.items():
+        of_seeds = [losses["upper", k][domain] - losses["uniform", k][domain] for k in (1, 2)]
+        differences.append(np.stack([np.mean(of_seeds, axis=0), np.ones(n)], axis=1))
+    expected = estimate(differences)
+    assert rows["average loss"][0].startswith(f"{expected.mean:+.4f} ± ")
+    interval = f"{expected.low:+.4f} to {expected.high:+.4f}"
+    assert rows["95 % interval (documents)"] == [interval]
+    assert rows["p (documents)"] == [f"{expected.p:.4f}" if expected.p >= 1e-4 else "<0.0001"]
+
+    path = runs[3] / "eval" / "perplexity_windows.npz"
+    with np.load(path) as saved:
+        np.savez(path, arxiv=saved["arxiv"], fineweb=saved["fineweb"])
     done = command("eval/tables.py", *runs, "--what", "difference")
-    assert (
-        "p (windows)" in expect_ok(done) and f"{runs[3]}: no perplexity_windows.npz" in done.stderr
-    )
+    assert "p (documents)" in expect_ok(done) and f"{path} is of an earlier version" in done.stderr
+    path.unlink()
+    done = command("eval/tables.py", *runs, "--what", "difference")
+    expect_ok(done)
+    assert f"{runs[3]}: no perplexity_windows.npz" in done.stderr
+
+
+def test_too_few_documents_are_said(tmp_path):
+    windows = {"arxiv": np.array([2.0])}
+    runs = [
+        make_run(tmp_path / name, [2.0], domains=("arxiv",), windows=windows, reweight=name)
+        for name in ("uniform", "upper")
+    ]
+    rows = tables(*runs, what="difference")["Loss minus uniform, tiny"]
+    assert rows["95 % interval (documents)"] == rows["p (documents)"] == ["too few to tell"]
 
 
 def curve(points, rates=((20, 50.0),), val_hash="same", max_steps=20):

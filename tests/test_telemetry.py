@@ -41,6 +41,7 @@ def test_statistics_by_hand():
     assert s["ess"] == pytest.approx(1 / 0.375 / 4) and s["entropy"] == pytest.approx(
         1.5 * math.log(2)
     )
+    assert s["above_bound"] == 0  # exactly 2 / G is allowed
     assert s["correlation"] == pytest.approx(np.corrcoef(losses[0], weights[0])[0, 1])
     assert s["weight_by_domain"] == {"a": 0.75, "c": 0.25} and s["loss_by_domain"] == {
         "a": 1.5,
@@ -58,6 +59,7 @@ def test_statistics_are_means_over_the_steps(split, tmp_path):
     assert record["max_weight"] == pytest.approx(2.8) and record["ess"] == pytest.approx(
         (1 + 1 / 0.52 / 4) / 2
     )
+    assert record["above_bound"] == 0.5
     assert record["weight_by_domain"] == pytest.approx({"arxiv": 0.35, "c4": 0.65})
     assert record["correlation"] == pytest.approx(0.5)  # equal weights count as 0
     histograms = collected.histograms()

@@ -148,3 +148,44 @@ def test_what_is_known_without_the_vocabulary_is_so():
 def test_unknown_name():
     with pytest.raises(UserError, match="known: gpt2, bytes"):
         tokenizer.load("gpt4")
+
+
+def test_rows_of_a_model_may_be_padded_to_a_multiple_of_64():
+    for n_vocab, most in ((257, 320), (50257, 50304), (320, 320)):
+        assert tokenizer.has_rows_for(n_vocab, n_vocab) and tokenizer.has_rows_for(n_vocab, most)
+        assert not tokenizer.has_rows_for(n_vocab, n_vocab - 1)
+        assert not tokenizer.has_rows_for(n_vocab, most + 1)
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "{}"),  # opens, but without a vocabulary
+        ("vocab.json", "{}"),
+        ("special_tokens_map.json", "{"),
+    ],
+)
+def test_a_hugging_face_tokenizer_that_does_not_open(file, text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    assert tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))  # there is none
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="its tokenizer cannot be opened") as error:
+        tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_code_of_a_hugging_face_folder_runs(tmp_path):
+    """Nor is the user asked whether it may."""
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="its tokenizer cannot be opened"):
+        tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
