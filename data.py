@@ -7,6 +7,8 @@ token is a target once; windows do not cross shards.
 T tokens of a window, G windows of the global batch, n of them on this rank, D domains.
 """
 
+import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -240,8 +242,9 @@ class DomainSampler:
         self.cumulative = np.cumsum(weights)
         last_domain = np.flatnonzero(weights)[-1]
         self.cumulative[last_domain:] = 1.0  # rounding must not reach past the last domain in use
-        self.step = 0
-        self.drawn = np.zeros(len(weights), dtype=np.int64)  # samples of each domain before `step`
+        # A step and the samples of each domain before it. It is replaced as a whole, since batches
+        # are drawn in a thread of their own.
+        self.counted = (0, np.zeros(len(weights), dtype=np.int64))
 
     def domains_of(self, step: int) -> np.ndarray:
         """(G,) domain of each sample of a step."""
@@ -251,20 +254,46 @@ class DomainSampler:
         uniform = (raw >> np.uint64(11)) * 2.0**-53  # in [0, 1)
         return np.searchsorted(self.cumulative, uniform, side="right")
 
+    def drawn_before(self, step: int) -> np.ndarray:
+        """(D,) samples of each domain before a step, counted on or back from the last such call."""
+        counted_step, drawn = self.counted
+        sign = 1 if step > counted_step else -1
+        for between in range(min(step, counted_step), max(step, counted_step)):  # 10 us each
+            drawn = drawn + sign * np.bincount(self.domains_of(between), minlength=len(drawn))
+        self.counted = (step, drawn)
+        return drawn
+
     def draw(self, step: int) -> np.ndarray:
         """(G, 2) int64: domain and window of each sample of the global batch."""
-        if step < self.step:
-            self.step = 0
-            self.drawn[:] = 0
-        while self.step < step:  # a resumed run counts through the steps before: 10 us each
-            self.drawn += np.bincount(self.domains_of(self.step), minlength=len(self.drawn))
-            self.step += 1
+        drawn = self.drawn_before(step)
         domain = self.domains_of(step)
         window = np.zeros_like(domain)
         for d in np.unique(domain):
             members = domain == d
-            window[members] = self._windows(d, self.drawn[d] + np.arange(members.sum()))
+            window[members] = self._windows(d, drawn[d] + np.arange(members.sum()))
         return np.stack([domain, window], axis=1)
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint of `step` holds, so that a resumed run need not count again."""
+        drawn = self.drawn_before(step).tolist()
+        return {"step": step, "drawn": drawn, "sha256": self._fingerprint(step, drawn)}
+
+    def load_state(self, saved: Any) -> None:
+        """Continue from what `state` gave.
+
+        Counts that are damaged, absent (in older checkpoints), or of another seed, mixture or batch
+        are left alone: the next draw counts from where the sampler is, and draws the same.
+        """
+        if not isinstance(saved, dict):
+            return
+        step, drawn = saved.get("step"), saved.get("drawn")
+        if saved.get("sha256") == self._fingerprint(step, drawn):
+            self.counted = (step, np.array(drawn, dtype=np.int64))
+
+    def _fingerprint(self, step: Any, drawn: Any) -> str:
+        """Hash of counts and of all that they depend on."""
+        content = [self.seed, self.global_batch_size, self.weights.tolist(), step, drawn]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _windows(self, domain: int, numbers: np.ndarray) -> np.ndarray:
         """The windows of a domain's samples, numbered from the start of training."""

@@ -17,6 +17,8 @@ from cli import UserError
 
 # What a write raises when there is no room: a full disk, a quota, or a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What flock raises on a file system without locks.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -69,5 +71,14 @@ def lock(path: Path, what: str, shared: bool = False, wait: float = 0.0) -> IO:
                 file.close()
                 raise UserError(f"{what} (it holds {path}); wait for it or stop it") from None
             time.sleep(0.1)
-        except OSError:  # a file system without locks: go on unlocked rather than not at all
-            return file
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            if not shared:  # a folder has one exclusive lock and perhaps many shared ones
+                print(
+                    f"warning: {path}: its file system has no locks ({error.strerror}); two runs "
+                    "in one folder are not detected there",
+                    flush=True,
+                )
+            return file  # go on unlocked rather than not at all

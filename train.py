@@ -14,13 +14,14 @@ import sys
 import torch
 
 from cli import parse, run
-from data import batches, open_data
+from data import RunData, batches, open_data
 from eval.perplexity import evaluate
+from model import GPTConfig
 from recipe import TrainConfig, identity, settle
 from runtime import checkpoint, distributed, doctor, init_from
 from runtime.distributed import print0
 from runtime.memory import describe, settle_loss_chunk
-from runtime.run import Run
+from runtime.run import FolderLock, Run
 from runtime.telemetry import Telemetry
 from runtime.watch import COMPUTING, EVALUATING, READING
 from step import Trainer
@@ -31,8 +32,7 @@ def main() -> None:
     config = parse(TrainConfig, __doc__, sys.argv[1:])
     if config.doctor:
         return doctor.examine(config)
-    world_size = distributed.ranks().world_size
-    config = settle(config, world_size)
+    config = settle(config, distributed.ranks().world_size)
     data = open_data(
         config.data_dir,
         config.block_size,
@@ -42,6 +42,28 @@ def main() -> None:
         config.eval_windows,
         config.data_order,
     )
+    if config.dry_run:
+        if distributed.ranks().rank == 0:
+            plan(config, data)
+        return
+    device = distributed.setup(config.device, config.timeout_s)
+    with FolderLock(config.out_dir) as lock:
+        config, shape, run_identity, found = plan(config, data)
+        if checkpoint.already_finished(found, config):
+            distributed.cleanup()
+            return
+        torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
+        torch.manual_seed(config.seed)
+        with Run(config, shape, data, run_identity, found, device, lock) as training:
+            train(training)
+    print0(training.outcome())
+
+
+def plan(
+    config: TrainConfig, data: RunData
+) -> tuple[TrainConfig, GPTConfig, dict, checkpoint.Found]:
+    """Settled config, model shape, the run's identity and where it continues; prints the plan."""
+    world_size = distributed.ranks().world_size
     run_identity = identity(config, data.manifest, world_size)
     found = checkpoint.find_resumable(
         config.out_dir,
@@ -53,16 +75,7 @@ def main() -> None:
     shape = init_from.starting_shape(config, data.manifest, found.folder)
     config = settle_loss_chunk(config, shape, world_size)
     print0(describe(config, shape, data, world_size))
-    if config.dry_run:
-        return
-    if checkpoint.already_finished(found, config):
-        return
-    device = distributed.setup(config.device, config.timeout_s)
-    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
-    torch.manual_seed(config.seed)
-    with Run(config, shape, data, run_identity, found, device) as training:
-        train(training)
-    print0(training.outcome())
+    return config, shape, run_identity, found
 
 
 def train(run: Run) -> None:
@@ -72,6 +85,7 @@ def train(run: Run) -> None:
     trainer = Trainer(raw, config, len(data.train.domains), run.device)
     if found.folder:
         trainer.load_state(checkpoint.read_tensors(found.folder, shape), found.state)
+        data.sampler.load_state(found.state.get("sampler"))
         print0(f"resumed from {found.folder}")
     telemetry = Telemetry(
         data.train, config.out_dir, found.step, config.record_samples, config.on_nonfinite

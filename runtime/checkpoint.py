@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -28,6 +28,7 @@ from runtime import distributed
 from runtime.distributed import print0
 
 FILES = ("model.pt", "optimizer.pt")
+LOGS = ("metrics.jsonl", "samples.bin")  # what the steps append to in the run folder
 # Keys of the identity that a flag lets differ.
 FLAGS = {"data": "allow_data_change"}
 
@@ -48,11 +49,13 @@ class Writer:
     """Writes a run's checkpoints in a thread of one rank, one at a time, while the steps go on.
 
     keep: how many of the newest ones stay; every: those at its multiples stay too (0: none).
+    folder_lock: stays locked while the thread writes, even if the run has ended with an error.
     failure: why a checkpoint could not be written; nothing is written after that.
     """
 
-    def __init__(self, out_dir: Path, keep: int, every: int):
+    def __init__(self, out_dir: Path, keep: int, every: int, folder_lock: IO | None = None):
         self.out_dir, self.keep, self.every = Path(out_dir), keep, every
+        self.folder_lock = folder_lock
         self.thread, self.failure = None, ""
         tidy(out_dir)
 
@@ -107,12 +110,23 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(temporary)
+    # First the log: a checkpoint that survives a power cut must not miss the lines before it.
+    sync_logs(out_dir)
     if folder.exists():  # damaged, so that the run continued from an earlier one
         discard(folder)
     os.replace(temporary, folder)
     sync(folder.parent)
     prune(out_dir, step, keep, every)
     return folder
+
+
+def sync_logs(out_dir: Path) -> None:
+    """Make what the steps have logged survive a power cut."""
+    for name in LOGS:
+        path = Path(out_dir) / name
+        if path.exists():
+            sync(path)
+    sync(out_dir)
 
 
 def write_tensors(path: Path, tensors: dict) -> str:
@@ -204,16 +218,14 @@ def find_resumable(
 
     identity: what must be the same for a run to continue, except for the keys in `accept`. It is
     saved with each checkpoint and, for a run that stopped before its first one, in config.json.
+
+    All ranks call it. One rank of each node reads the folder, since the tensors take long to read.
     """
-    config_json = Path(out_dir) / "config.json"
-    if not steps(out_dir) and not config_json.exists():
+    folder, state = distributed.do_for_others(
+        lambda: newest_state(out_dir, resume), distributed.does_for_node()
+    )
+    if not state:
         return Found()
-    if resume == "never":
-        raise UserError(
-            f"{out_dir} already holds a run; choose another --out_dir, or use --resume auto"
-        )
-    folder = newest_intact(out_dir)
-    state = read_json(folder / "state.json" if folder else config_json)
     saved = with_added_keys(state.get("identity", {}))
     differences = []
     for key, value in identity.items():
@@ -236,6 +248,19 @@ def find_resumable(
             "at the new end"
         )
     return Found(folder, state["step"], state.get("evaluated", True), state)
+
+
+def newest_state(out_dir: Path, resume: str) -> tuple[Path | None, dict]:
+    """The newest intact checkpoint and its state; without one, None and config.json, or {}."""
+    config_json = Path(out_dir) / "config.json"
+    if not steps(out_dir) and not config_json.exists():
+        return None, {}
+    if resume == "never":
+        raise UserError(
+            f"{out_dir} already holds a run; choose another --out_dir, or use --resume auto"
+        )
+    folder = newest_intact(out_dir)
+    return folder, read_json(folder / "state.json" if folder else config_json)
 
 
 def already_finished(found: Found, config: TrainConfig) -> bool:
@@ -345,8 +370,8 @@ def read_shape(folder: Path) -> GPTConfig:
 
 
 def load_model(folder: Path) -> GPT:
-    """The checkpoint's model, on the CPU."""
-    verify(folder, "model.pt")
+    """The checkpoint's model, on the CPU. If there are several ranks, all of them call it."""
+    distributed.do_for_others(lambda: verify(folder, "model.pt"), distributed.does_for_node())
     shape, weights = read_shape(folder), load_tensors(folder, "model.pt")
     if not matches(shape, weights):
         raise UserError(
@@ -370,9 +395,10 @@ def matches(shape: GPTConfig, weights: dict) -> bool:
 
 
 def load_tensors(folder: Path, name: str) -> dict:
+    """The tensors of a file, on the CPU; mapped, so that the ranks of a node share the memory."""
     path = Path(folder) / name
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         reason = "is missing"
     except pickle.UnpicklingError:  # weights_only=True refuses to run code

@@ -189,6 +189,9 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict,
 
 def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:
     """Load what get_state gave on rank 0, whatever the number of ranks was."""
+    if next(model.parameters()).device.type == "cpu":
+        # The optimizer would keep these very tensors, which may be mapped from a file.
+        state = state[0], tree_map_only(Tensor, torch.clone, state[1])
     gradients = [parameter.grad for parameter in model.parameters()]
     optimizer.zero_grad()  # torch creates no moments where there are gradients
     set_state_dict(
@@ -220,6 +223,32 @@ def gather_objects(value: Any) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def does_for_node() -> bool:
+    """Whether this rank does what one rank of each node does for all of them; rank 0 always is."""
+    return ranks().rank == 0 or ranks().local_rank == 0
+
+
+def do_for_others(work: Callable[[], Any], is_worker: bool) -> Any:
+    """The result of `work`, done by some ranks, on all: their own, and for the others rank 0's.
+
+    A UserError of any rank is raised on all. All ranks call it; rank 0 must be a worker. Without a
+    process group every process does its own work.
+    """
+    if not dist.is_initialized():
+        return work()
+    result, error = None, ""
+    if is_worker:
+        try:
+            result = work()
+        except UserError as mistake:
+            error = str(mistake)
+    of_all = gather_objects((result, error))
+    errors = [error for _, error in of_all if error]
+    if errors:
+        raise UserError(errors[0])
+    return result if is_worker else of_all[0][0]
 
 
 def reduce_sum(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cli import UserError
-from files import lock, write_text
+from files import write_text
 
 
 class Metrics:
@@ -27,18 +27,13 @@ class Metrics:
         out_dir = Path(out_dir)
         self.path = out_dir / "metrics.jsonl"
         self.failure = ""
-        busy = f"a process is still training in {out_dir}"
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            lock(self.path, busy, wait=10).close()  # a killed torchrun leaves its workers behind
             write_text(out_dir / "config.json", json.dumps({**config, **versions()}, indent=1))
             keep_lines_until(start_step, self.path)
-            self.file = lock(self.path, busy)
+            self.file = open(self.path, "ab")
         except OSError as error:
-            raise UserError(
-                f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made and "
-                "written to, with room on its disk"
-            ) from None
+            raise UserError(cannot_write(out_dir, error)) from None
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self.wandb = None
         if config["wandb"] != "off":
@@ -114,6 +109,14 @@ def start_wandb(out_dir: Path, config: dict):
         raise UserError(
             f"--wandb {config['wandb']}: {reason}; log in (wandb login), or use --wandb offline"
         ) from None
+
+
+def cannot_write(out_dir: Path, error: OSError) -> str:
+    """The error message for a run folder that cannot be made or written to."""
+    return (
+        f"--out_dir {out_dir}: {error.strerror}; give a folder that can be made and written to, "
+        "with room on its disk"
+    )
 
 
 def no_room(path: Path, error: OSError) -> str:

@@ -1,29 +1,93 @@
 """Everything around the steps of a run: signals, watchdog, metrics, checkpoints; closed in order.
 
-with Run(...) as run:
-    ...                          # build the model; nothing is written to the run folder yet
-    run.open_files(telemetry)
-    ...                          # the steps
+with FolderLock(out_dir) as lock:
+    ...                              # read the run folder
+    with Run(..., lock) as run:
+        ...                          # build the model; nothing is written to the folder yet
+        run.open_files(telemetry)
+        ...                          # the steps
 """
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+import files
 from cli import UserError
 from data import RunData
 from model import GPTConfig
 from recipe import TrainConfig, lr_at, r_at
 from runtime import checkpoint, distributed
-from runtime.metrics import Metrics, versions
+from runtime.metrics import Metrics, cannot_write, versions
 from runtime.telemetry import Telemetry
 from runtime.watch import FAILED, Stop, Watchdog, command
+
+LOCK_WAIT_S = 10.0  # a killed torchrun leaves its workers behind for a while
+
+
+class FolderLock:
+    """A context manager that keeps other runs out of a run folder; rank 0 holds it for all ranks.
+
+    The lock is on a file of its own that is never replaced, OUT/.lock. It is taken before anything
+    else in the folder is read, and makes the folder where there is none; a start that is refused
+    later on removes the folder that it made. UserError on all ranks if another run has the lock.
+
+    refusal: why the folder may not be written, on all ranks; a finished run has no need to.
+    """
+
+    def __init__(self, out_dir: str | Path):
+        self.path = Path(out_dir) / ".lock"
+        self.refusal = ""
+        self.file, self.made_folder = None, False  # of rank 0 alone
+
+    def __enter__(self) -> "FolderLock":
+        is_holder = distributed.ranks().rank == 0
+        self.refusal = distributed.do_for_others(self._take, is_holder)
+        return self
+
+    def _take(self) -> str:
+        """Take the lock; the reason why it cannot be written, or ""."""
+        folder = self.path.parent
+        busy = f"another run trains in {folder}"
+        try:
+            self.made_folder = not folder.exists()
+            for _ in range(10):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.file = files.lock(self.path, busy, wait=LOCK_WAIT_S)
+                if self._is_in_folder():
+                    break
+        except OSError as error:
+            return cannot_write(folder, error)
+        return ""
+
+    def _is_in_folder(self) -> bool:
+        """Whether the locked file is still there; a start that was refused has removed its own."""
+        if not self.path.exists():
+            return False
+        return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # After an exception the file is closed with the process, or by the thread that may still
+        # be writing a checkpoint.
+        if self.file and kind is None:
+            self.file.close()
+        elif self.file and self.made_folder:
+            with suppress(OSError):
+                self._remove_unused_folder()
+
+    def _remove_unused_folder(self) -> None:
+        """Leave nothing behind where nothing but the lock was written."""
+        folder = self.path.parent
+        if os.listdir(folder) == [self.path.name]:
+            self.path.unlink()
+            folder.rmdir()
 
 
 class Run:
@@ -40,15 +104,18 @@ class Run:
         identity: dict,
         found: checkpoint.Found,
         device: torch.device,
+        lock: FolderLock,
     ):
         self.config, self.shape, self.data = config, shape, data
         self.identity, self.found, self.device = identity, found, device
-        self.out_dir = Path(config.out_dir)
+        self.lock, self.out_dir = lock, Path(config.out_dir)
         self.step, self.finished = found.step, False
         self.metrics = self.writer = None  # of rank 0 alone
         self.logged_step, self.logged_time = found.step, time.perf_counter()
 
     def __enter__(self) -> "Run":
+        if self.lock.refusal:
+            raise UserError(self.lock.refusal)
         self.stop = Stop(self.config.timeout_s)
         self.watchdog = Watchdog(self.found.step, self.config.timeout_s)
         check_same_on_all_ranks(
@@ -72,7 +139,7 @@ class Run:
             saved = {**asdict(config), "world_size": world_size, "identity": self.identity}
             self.metrics = Metrics(self.out_dir, saved, self.found.step, config.max_steps)
             self.writer = checkpoint.Writer(
-                self.out_dir, config.keep_checkpoints, config.keep_every
+                self.out_dir, config.keep_checkpoints, config.keep_every, self.lock.file
             )
             self.stop.parts = [self.writer, self.metrics, telemetry]
         self.logged_time = time.perf_counter()
@@ -172,6 +239,7 @@ class Run:
             "data_dir": self.config.data_dir,
             "tokenizer_sha256": self.data.manifest["tokenizer"]["sha256"],
             **numbers,
+            "sampler": self.data.sampler.state(step),
             "versions": versions(),
         }
         self.writer.save(step, tensors, state)

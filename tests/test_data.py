@@ -1,6 +1,7 @@
 """Windows, sampler and batches, on shards of known numbers."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -115,6 +116,67 @@ def test_file_order_takes_windows_one_after_the_other():
     for domain, n in enumerate(windows):
         numbers = drawn[drawn[:, 0] == domain][:, 1]
         assert np.array_equal(numbers, np.arange(len(numbers)) % n)
+
+
+def new_sampler(seed=42, weights=(0.5, 0.3, 0.2), global_batch_size=16):
+    return data.DomainSampler(np.array(weights), np.arange(3, 6), global_batch_size, seed)
+
+
+def counted_steps(monkeypatch) -> list[int]:
+    """The steps whose domains are drawn from now on."""
+    steps = []
+    real = data.DomainSampler.domains_of
+
+    def noting(self, step):
+        steps.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(data.DomainSampler, "domains_of", noting)
+    return steps
+
+
+def test_saved_counts_give_the_same_draws_without_a_replay(monkeypatch):
+    unbroken = new_sampler()
+    expected = [unbroken.draw(step) for step in range(60)]
+    # Batches are read ahead of the step that is saved, or the run goes back to an earlier one.
+    saved = {step: json.loads(json.dumps(unbroken.state(step))) for step in (57, 50, 20)}
+    for step, state in saved.items():
+        drawn = np.concatenate(expected[:step])[:, 0]
+        assert state["step"] == step and state["drawn"] == np.bincount(drawn).tolist()
+        resumed = new_sampler()
+        resumed.load_state(state)
+        with monkeypatch.context() as patch:
+            steps = counted_steps(patch)
+            for later in range(step, 60):
+                assert np.array_equal(resumed.draw(later), expected[later])
+        assert min(steps) == step
+
+
+WRONG_COUNTS = {
+    "absent": lambda state: None,
+    "no object": lambda state: [1, 2, 3],
+    "empty": lambda state: {},
+    "another step": lambda state: {**state, "step": 8},
+    "no step": lambda state: {**state, "step": None},
+    "negative": lambda state: {**state, "drawn": [-n for n in state["drawn"]]},
+    "too long": lambda state: {**state, "drawn": [*state["drawn"], 0]},
+    "swapped": lambda state: {**state, "drawn": state["drawn"][::-1]},
+    "text": lambda state: {**state, "drawn": "abc"},
+    "of another seed": lambda state: new_sampler(seed=43).state(9),
+    "of another mixture": lambda state: new_sampler(weights=(0.2, 0.3, 0.5)).state(9),
+    "of another batch": lambda state: new_sampler(global_batch_size=8).state(9),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COUNTS)
+def test_wrong_counts_are_not_used(case, monkeypatch):
+    expected = new_sampler().draw(9)
+    saved = new_sampler().state(9)
+    resumed = new_sampler()
+    resumed.load_state(WRONG_COUNTS[case](saved))
+    steps = counted_steps(monkeypatch)
+    assert np.array_equal(resumed.draw(9), expected)
+    assert min(steps) == 0  # counted again from the start
 
 
 def test_sampler_is_stable_across_versions_of_numpy():

@@ -255,6 +255,35 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(start, unbroken, tmp_p
     assert "error: " in run.output() and "has no intact checkpoint" in run.output()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_rank_of_a_node_reads_a_checkpoint_to_check_it(start, unbroken, tmp_path, parallel):
+    """Four ranks, two of them on each of two nodes; the newest checkpoint is damaged."""
+    out, log = tmp_path / "run", tmp_path / "hashed"
+    shutil.copytree(unbroken, out)
+    damaged = checkpoint.checkpoint_folder(out, STEPS) / "optimizer.pt"
+    flip_a_bit(damaged)
+    patch = f"""if True:
+        os.environ["LOCAL_RANK"] = str(rank % 2)
+        from runtime import checkpoint
+        sha256 = checkpoint.sha256
+        def noting(file):
+            print(rank, file.name, file=open({str(log)!r}, "a"))
+            return sha256(file)
+        checkpoint.sha256 = noting
+    """
+    run = start(out, f"--parallel={parallel}", "--micro_batch_size=2", ranks=4, patch=patch)
+    assert run.wait() == [0] * 4, run.output()
+    assert run.output().count(f"warning: {damaged} is damaged") == 1
+    being_written = f"{damaged.parent.name}.tmp/"
+    hashed = [line for line in log.read_text().splitlines() if being_written not in line]
+    expected = []
+    for rank in (0, 2):
+        for step in (STEPS, STEPS - 1):
+            folder = checkpoint.checkpoint_folder(out, step)
+            expected += [f"{rank} {folder / name}" for name in checkpoint.FILES]
+    assert sorted(hashed) == sorted(expected)
+
+
 def test_checkpoints_that_are_kept(tmp_path):
     kept = []
     for step in range(2, 21, 2):
@@ -381,17 +410,44 @@ def test_a_dead_rank_takes_the_others_down_and_is_reported(sample_data, tmp_path
     assert newest(out) >= 10
 
 
+SHORT_WAIT = "import runtime.run; runtime.run.LOCK_WAIT_S = 0.5"  # for the lock of the run folder
+
+
 def test_two_runs_in_one_folder(start, tmp_path):
     out = tmp_path / "run"
     first = start(out, "--max_steps=100000", "--checkpoint_interval=100000", ranks=1)
     first.wait_for(lambda: (out / "metrics.jsonl").exists() and records(out, "train"))
     first.signal(signal.SIGSTOP)  # it costs nothing meanwhile, and holds its lock
-    second = start(out, "--max_steps=100000", ranks=1)
+    second = start(out, "--max_steps=100000", ranks=1, patch=SHORT_WAIT)
     assert second.wait() == [2]
-    assert "error: a process is still training in" in second.output()
+    assert "error: another run trains in" in second.output()
     first.signal(signal.SIGCONT)
     first.signal(signal.SIGTERM)
     assert first.wait(30) == [0], first.output()
+
+
+def test_runs_that_start_at_the_same_moment(start, tmp_path):
+    """Each is slow where the folder is prepared, so that all of them are there at once."""
+    out = tmp_path / "run"
+    flags = ("--max_steps=100000", "--checkpoint_interval=100000")
+    slow = "from runtime import metrics; keep = metrics.keep_lines_until; "
+    slow += "metrics.keep_lines_until = lambda *args: (time.sleep(2), keep(*args)); "
+    runs = [start(out, *flags, ranks=1, patch=slow + SHORT_WAIT) for _ in range(3)]
+
+    def alive():
+        return [run for run in runs if run.processes[0].is_alive()]
+
+    alive()[0].wait_for(lambda: len(alive()) == 1, 30)
+    (winner,) = alive()
+    for run in runs:
+        if run is not winner:
+            assert run.wait() == [2]
+            assert f"error: another run trains in {out}" in run.output()
+    winner.wait_for(lambda: (out / "metrics.jsonl").exists() and records(out, "train"))
+    winner.signal(signal.SIGTERM)
+    assert winner.wait(30) == [0], winner.output()
+    logged = [row["step"] for row in records(out, "train")]
+    assert logged == list(range(1, newest(out) + 1))
 
 
 # Full disks

@@ -1,16 +1,21 @@
 """Runs of train.py from end to end: learning, resume, the run folder, evaluation of the result."""
 
+import gc
 import hashlib
 import json
 import math
+import os
+import re
 import runpy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, expect_error, expect_ok, write_shards
+from torch.utils._pytree import tree_leaves
 
 import data
 from cli import parse, read_comments
@@ -601,3 +606,96 @@ def test_help_lists_every_key_with_a_text():
         assert help_text in " ".join(text.split())
     assert len(groups) == 5 and all(f"{title}:" in text for title, _ in groups.values())
     assert "sequences per optimizer step" in text and "(default: 0.4)" in text
+
+
+def test_a_checkpoint_has_the_counts_of_its_own_step(sample_data, tmp_path, monkeypatch):
+    """Batches are read ahead, so the sampler has counted on. Resuming draws no earlier step."""
+    out = tmp_path / "run"
+    flags = ("--max_steps=12", "--checkpoint_interval=4", "--keep_checkpoints=9")
+    expect_ok(run(sample_data, out, *flags, "--eval_interval=100"))
+    for step in (4, 8, 12):
+        state = checkpoint.read_json(checkpoint.checkpoint_folder(out, step) / "state.json")
+        assert state["sampler"]["step"] == step
+        assert sum(state["sampler"]["drawn"]) == step * 8
+    counted = []
+    real = data.DomainSampler.domains_of
+
+    def noting(self, step):
+        counted.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(data.DomainSampler, "domains_of", noting)
+    broken = tmp_path / "broken"
+    for keeps_counts in (True, False):  # without them it is a checkpoint of an older version
+        shutil.copytree(out, broken)
+        shutil.rmtree(checkpoint.checkpoint_folder(broken, 12))
+        path = checkpoint.checkpoint_folder(broken, 8) / "state.json"
+        state = checkpoint.read_json(path)
+        if not keeps_counts:
+            del state["sampler"]
+            path.write_text(json.dumps(state))
+        counted.clear()
+        expect_ok(run(sample_data, broken, *flags, "--eval_interval=100"))
+        assert min(counted) == (8 if keeps_counts else 0)
+        assert_same_model(out, broken, 12)
+        ends = [checkpoint.find_latest(folder) / "state.json" for folder in (out, broken)]
+        assert len({json.dumps(checkpoint.read_json(path)["sampler"]) for path in ends}) == 1
+        shutil.rmtree(broken)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_that_follows_it(
+    sample_data, tmp_path, monkeypatch
+):
+    """The order of fsync and rename, and the size that the log had at the fsync."""
+    out = tmp_path / "run"
+    logs = ("metrics.jsonl", "samples.bin")
+    synced, seen_by = {name: [] for name in logs}, {}
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.parent == out and path.name in synced:
+            synced[path.name].append(path.read_bytes())
+        real_sync(handle)
+
+    def replace(source, target):
+        if re.fullmatch(r"step_\d+", Path(target).name):
+            seen_by[int(Path(target).name[5:])] = [synced[name][-1:] for name in logs]
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    flags = ("--max_steps=12", "--checkpoint_interval=4", "--record_samples=1")
+    expect_ok(run(sample_data, out, *flags))
+    assert list(seen_by) == [4, 8, 12]
+    for step, (metrics, samples) in seen_by.items():
+        rows = [json.loads(line) for line in b"".join(metrics).splitlines()]
+        logged = [row["step"] for row in rows if row["kind"] == "train"]
+        assert logged[:step] == list(range(1, step + 1))
+        rows = np.frombuffer(b"".join(samples), telemetry.SAMPLE)
+        assert sorted(set(rows["step"].tolist()))[:step] == list(range(1, step + 1))
+    # Not at every line: that would hold up the steps.
+    assert all(len(synced[name]) == 3 for name in logs)
+
+
+def test_the_tensors_of_a_checkpoint_are_shared_until_they_are_loaded(unbroken):
+    """The ranks of a node map the same pages; what was loaded no longer needs the files."""
+    folder = checkpoint.find_latest(unbroken)
+    shape = checkpoint.read_shape(folder)
+    config = TrainConfig(device="cpu", micro_batch_size=8, loss_chunk=0, compile="off")
+    trainer = Trainer(GPT(shape), config, len(data.DOMAINS), torch.device("cpu"))
+
+    def mapped() -> list[bool]:
+        maps = Path("/proc/self/maps").read_text()
+        return [str(folder / name) in maps for name in checkpoint.FILES]
+
+    tensors = checkpoint.read_tensors(folder, shape)
+    assert mapped() == [True, True]
+    trainer.load_state(tensors, checkpoint.read_json(folder / "state.json"))
+    loaded, _ = trainer.state_dict()
+    for ours, theirs in zip(tree_leaves(loaded), tree_leaves(tensors), strict=True):
+        same = torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+        assert same
+    del tensors, theirs
+    gc.collect()
+    assert mapped() == [False, False]
