@@ -9,6 +9,7 @@ T tokens of a window, G windows of the global batch, n of them on this rank, D d
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from cli import UserError
-from corpus.manifest import DOMAINS, in_order, kinds_path, read_manifest
+from corpus.manifest import in_order, kinds_path, read_manifest
 
-# name -> probability of each domain, on any scale; a domain left out is not trained on.
-# "natural": in proportion to the training tokens.
+# name -> probability of each domain, on any scale; a domain left out is not trained on. The first
+# two depend on the data: each domain as often as any other, or in proportion to training tokens.
 MIXTURES: dict[str, dict[str, float] | None] = {
-    "uniform": dict.fromkeys(DOMAINS, 1.0),
+    "uniform": None,
+    "natural": None,
     "doge": {
         "arxiv": 0.088,
         "book": 0.045,
@@ -48,7 +50,6 @@ MIXTURES: dict[str, dict[str, float] | None] = {
         "wikipedia": 0.2305,
     },
     "c4cc": {"cc": 0.5, "c4": 0.5},
-    "natural": None,
 }
 RESTORE = "prepare the data again or restore the file"
 
@@ -202,14 +203,44 @@ def read_header(path: Path) -> int:
         return file.tell()
 
 
+def probabilities(mixture: str) -> dict[str, float] | None:
+    """A mixture's numbers with a sum of 1; None where they depend on the data."""
+    weights = parse_mixture(mixture)
+    if weights is None:
+        return None
+    total = sum(weights.values())
+    return {domain: weight / total for domain, weight in weights.items()}
+
+
+def parse_mixture(mixture: str) -> dict[str, float] | None:
+    """The numbers that a name in MIXTURES stands for, or those in "cc=0.5,c4=0.5"."""
+    if mixture in MIXTURES:
+        return MIXTURES[mixture]
+    weights = {}
+    for part in mixture.split(","):
+        domain, _, number = part.partition("=")
+        try:
+            weights[domain.strip()] = float(number)
+        except ValueError:
+            weights[""] = math.nan
+    is_valid = all(0 <= weight < math.inf for weight in weights.values())
+    if not is_valid or "" in weights or sum(weights.values()) == 0:
+        raise UserError(
+            f"--mixture {mixture}: expected {', '.join(MIXTURES)}, or numbers of domains, such as "
+            "cc=0.5,c4=0.5"
+        )
+    return weights
+
+
 def mixture_weights(name: str, split: Split) -> np.ndarray:
     """(D,) probabilities of the split's domains; UserError if one has no windows to draw."""
-    weights = split.tokens if MIXTURES[name] is None else MIXTURES[name]
+    weights = parse_mixture(name)
+    if weights is None:
+        weights = split.tokens if name == "natural" else dict.fromkeys(split.domains, 1.0)
     weights = {d: p for d, p in weights.items() if p > 0 and d not in split.held_out}
     has_windows = {d for d, n in zip(split.domains, split.n_windows, strict=True) if n}
     empty = [d for d in weights if d not in has_windows]
-    is_natural = MIXTURES[name] is None  # takes what there is
-    if (empty and not is_natural) or not has_windows.intersection(weights):
+    if (empty and name != "natural") or not has_windows.intersection(weights):
         raise UserError(
             f"mixture {name!r} asks for {', '.join(empty) or 'data'}, but the data folder has no "
             f"training window of {split.block_size} tokens there (it has: "

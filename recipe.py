@@ -10,7 +10,7 @@ import torch
 
 from cli import UserError
 from corpus.manifest import data_hash
-from data import MIXTURES
+from data import MIXTURES, probabilities
 from model import SIZES, GPTConfig
 from reweight import NORMS, STRATEGIES
 
@@ -24,12 +24,15 @@ class TrainConfig:
 
     # Model and data: what is trained, and on what.
     model: Literal[("auto", *SIZES)] = "auto"  # size; auto: that of --init_from, otherwise 124m
+    n_layer: int = 0  # layers of the model; 0: those of --model
+    n_head: int = 0  # attention heads; 0: those of --model
+    n_embd: int = 0  # width, a multiple of the heads; 0: that of --model
     init_from: str = ""  # start from gpt2, gpt2-medium, a Hugging Face folder or a run; "": random
     block_size: int = 512  # tokens per sequence
     dropout: float = 0.1  # probability; the paper uses 0.1
     data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
     out_dir: str = ""  # run folder; "": runs/MODEL_MIXTURE_REWEIGHT_seedSEED
-    mixture: Literal[tuple(MIXTURES)] = "uniform"  # how often each domain is drawn (data.py)
+    mixture: str = "uniform"  # of domains: uniform, natural, doge, doremi, c4cc or cc=0.5,c4=0.5
     data_order: Literal["shuffled", "file"] = "shuffled"  # of a domain's windows; published: file
     seed: int = 42  # of the initial weights, the order of the data and dropout
 
@@ -150,6 +153,12 @@ def check_combinations(config: TrainConfig) -> None:
     for name in ("dropout", "beta1", "beta2"):
         if getattr(config, name) >= 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be below 1")
+    probabilities(config.mixture)  # raises if it is none
+    if config.init_from and any(own_shape(config)):
+        raise UserError(
+            f"--n_layer {config.n_layer} --n_head {config.n_head} --n_embd {config.n_embd}: "
+            "--init_from has a shape of its own; leave one of the two out"
+        )
     if config.min_lr > config.learning_rate:
         raise UserError(
             f"--min_lr {config.min_lr}: must not be above --learning_rate {config.learning_rate}"
@@ -270,24 +279,21 @@ def identity(config: TrainConfig, manifest: dict, world_size: int) -> dict:
     }
 
 
-def probabilities(mixture: str) -> dict[str, float] | None:
-    """The numbers behind a mixture's name, which a user may edit; None: those of the data."""
-    weights = MIXTURES.get(mixture)
-    if weights is None:
-        return None
-    total = sum(weights.values())
-    return {domain: weight / total for domain, weight in weights.items()}
-
-
 def with_added_keys(saved: dict) -> dict:
     """An identity saved by an earlier version, with the keys that were added to identities since.
 
     The numbers of a mixture are taken from today's MIXTURES.
     """
     added = {
+        "n_layer": 0,
+        "n_head": 0,
+        "n_embd": 0,
         "data_order": "shuffled",
-        "mixture probabilities": probabilities(saved.get("mixture", "")),
+        "mixture probabilities": None,
     }
+    mixture = saved.get("mixture")
+    if mixture in MIXTURES:
+        added["mixture probabilities"] = probabilities(mixture)
     return added | saved
 
 
@@ -297,12 +303,28 @@ def model_shape(config: TrainConfig, manifest: dict) -> GPTConfig:
     The vocabulary is padded to a multiple of 64, which makes the head's matrix product fast; the
     rows that fill it up are never a target.
     """
+    shape = SIZES.get(config.model, SIZES["124m"])
+    n_layer, n_head, n_embd = own_shape(config)
+    n_head, n_embd = n_head or shape.n_head, n_embd or shape.n_embd
+    if n_embd % n_head:
+        raise UserError(
+            f"--n_embd {n_embd}: is not a multiple of --n_head {n_head}; "
+            f"use {n_head * max(1, round(n_embd / n_head))}"
+        )
     return replace(
-        SIZES.get(config.model, SIZES["124m"]),
+        shape,
+        n_layer=n_layer or shape.n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
         block_size=config.block_size,
         dropout=config.dropout,
         vocab_size=64 * math.ceil(manifest["tokenizer"]["n_vocab"] / 64),
     )
+
+
+def own_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """Layers, heads and width that are set by keys of their own; 0: not set."""
+    return config.n_layer, config.n_head, config.n_embd
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

@@ -273,13 +273,13 @@ def training_data(config: dict, state: dict) -> str:
 
 def mixture(name: str) -> str:
     """A mixture's name and the probability of each domain."""
-    if name not in data.MIXTURES:
+    try:
+        weights = data.probabilities(name)
+    except UserError:  # a mixture that a fork has had
         return name
-    weights = data.MIXTURES[name]
     if weights is None:
-        return f"{name} (in proportion to each domain's tokens)"
-    total = sum(weights.values())
-    shares = [f"{domain} {weight / total:.3f}" for domain, weight in weights.items()]
+        return name
+    shares = [f"{domain} {weight:.3f}" for domain, weight in weights.items()]
     return f"{name} ({', '.join(shares)})"
 
 

@@ -10,7 +10,7 @@ from conftest import write_shards
 
 import data
 from cli import UserError
-from corpus.manifest import read_manifest
+from corpus.manifest import DOMAINS, read_manifest
 from corpus.shards import ShardWriter
 
 
@@ -187,20 +187,39 @@ def test_sampler_is_stable_across_versions_of_numpy():
 @pytest.mark.parametrize("name", data.MIXTURES)
 def test_mixtures_are_drawn_as_stated(name, tmp_path):
     shards = {
-        d: {"train": np.arange(100 * (i + 1)), "val": np.arange(20)}
-        for i, d in enumerate(data.DOMAINS)
+        d: {"train": np.arange(100 * (i + 1)), "val": np.arange(20)} for i, d in enumerate(DOMAINS)
     }
     split = open_split(write_shards(tmp_path, shards))
     p = data.mixture_weights(name, split)
     assert p.sum() == pytest.approx(1)
-    row = data.MIXTURES[name] or {d: 100.0 * (i + 1) for i, d in enumerate(data.DOMAINS)}
+    of_the_data = {
+        "uniform": dict.fromkeys(DOMAINS, 1.0),
+        "natural": {d: 100.0 * (i + 1) for i, d in enumerate(DOMAINS)},
+    }
+    row = data.MIXTURES[name] or of_the_data[name]
     total = sum(row.values())
     assert dict(zip(split.domains, p, strict=True)) == pytest.approx(
-        {d: row.get(d, 0) / total for d in data.DOMAINS}
+        {d: row.get(d, 0) / total for d in DOMAINS}
     )
     sampler = data.DomainSampler(p, split.n_windows, 4000, seed=1)
     counted = np.bincount(sampler.draw(0)[:, 0], minlength=7) / 4000
     assert np.abs(counted - p).max() < 0.03 and not counted[p == 0].any()
+
+
+def test_uniform_means_the_domains_of_the_data(tmp_path):
+    tokens = {d: {"train": np.arange(200), "val": np.arange(20)} for d in ("c4", "code", "web")}
+    split = open_split(write_shards(tmp_path, tokens))
+    assert data.mixture_weights("uniform", split).tolist() == [1 / 3] * 3
+    assert data.mixture_weights("web=3,c4=1", split).tolist() == [0.25, 0, 0.75]
+    assert data.probabilities("web=3,c4=1") == {"web": 0.75, "c4": 0.25}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "c4", "c4=", "=1", "c4=-1", "c4=nan", "c4=inf", "c4=0", "c4=1,,cc=1", "unifrom"]
+)
+def test_mixtures_that_are_none(text):
+    with pytest.raises(UserError, match="expected uniform, natural, doge.*such as cc=0.5,c4=0.5"):
+        data.probabilities(text)
 
 
 def test_empty_domain_of_a_mixture(folder):

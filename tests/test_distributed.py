@@ -19,6 +19,7 @@ from layout_worker import (
 from test_reweight import FORMULAS, reference
 
 import data
+from corpus.manifest import DOMAINS
 
 layouts = pytest.mark.parametrize("W, parallel, B", LAYOUTS)
 
@@ -160,7 +161,7 @@ def test_global_batches_are_identical_for_any_layout(tmp_path):
     """Each rank's slices, laid end to end in rank order, are the same global batch."""
     tokens = np.arange(3000) % 250
     domains = {}
-    for i, name in enumerate(data.DOMAINS):
+    for i, name in enumerate(DOMAINS):
         domains[name] = {"train": np.roll(tokens, i), "val": tokens[:50]}
     write_shards(tmp_path, domains)
     run_data = data.open_data(str(tmp_path), 16, "doge", 16, 42, 1)

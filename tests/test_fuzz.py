@@ -15,7 +15,7 @@ from conftest import changed, command, expect_error, expect_ok, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data
+from corpus.manifest import DOMAINS
 from recipe import TrainConfig
 
 TYPES = get_type_hints(TrainConfig)
@@ -81,7 +81,7 @@ def outcome(done, *words: str) -> str:
 def small(tmp_path_factory):
     tokens = np.arange(2000) % 250
     splits = {"train": tokens, "val": tokens[:500]}
-    return write_shards(tmp_path_factory.mktemp("data"), dict.fromkeys(data.DOMAINS, splits))
+    return write_shards(tmp_path_factory.mktemp("data"), dict.fromkeys(DOMAINS, splits))
 
 
 NOT_TRIED = ("data_dir", "dry_run", "doctor")

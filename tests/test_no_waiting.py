@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from data import DOMAINS, Batch
+from corpus.manifest import DOMAINS
+from data import Batch
 from model import GPT, GPTConfig
 from recipe import TrainConfig, settle
 from reweight import NORMS, STRATEGIES

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from corpus import tokenizer
-from corpus.manifest import in_order, read_manifest
+from corpus.manifest import DOMAINS, in_order, read_manifest
 from eval.perplexity import evaluate, find_document_ends, score
 from model import GPT, GPTConfig
 from runtime import checkpoint
@@ -192,7 +192,7 @@ class Told(torch.nn.Module):
 def test_every_stride_scores_the_same_targets_once(
     tmp_path_factory, block_size, stride, batch, lengths, shard_tokens
 ):
-    tokens = {d: {"val": random_tokens(n, n)} for d, n in zip(data.DOMAINS, lengths, strict=False)}
+    tokens = {d: {"val": random_tokens(n, n)} for d, n in zip(DOMAINS, lengths, strict=False)}
     split = open_split(write_shards(tmp_path_factory.mktemp("d"), tokens, shard_tokens), block_size)
     if not split.n_windows.sum():
         return

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from data import DOMAINS, Batch
+from corpus.manifest import DOMAINS
+from data import Batch
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from step import Trainer, seed_noise

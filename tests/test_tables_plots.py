@@ -12,7 +12,7 @@ import pytest
 from conftest import command, expect_error, expect_ok
 from matplotlib.figure import Figure
 
-from data import DOMAINS
+from corpus.manifest import DOMAINS
 from eval.compare import estimate, minutes_to, speedup, steps_to
 from eval.runs import run_names
 

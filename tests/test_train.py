@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 from cli import parse, read_comments
-from corpus.manifest import read_manifest
+from corpus.manifest import DOMAINS, read_manifest
 from data import Batch, validation_windows
 from model import GPT, SIZES, GPTConfig
 from recipe import TrainConfig, lr_at, r_at
@@ -97,7 +97,7 @@ def test_run_folder(unbroken):
             assert row["ess"] < 0.99
             assert row["weighted_loss"] > row["loss"]
     first, last = evals[0], evals[-1]
-    assert tuple(first["domains"]) == data.DOMAINS
+    assert tuple(first["domains"]) == DOMAINS
     book = first["domains"]["book"]
     assert book["ppl"] == pytest.approx(math.exp(book["loss"]))
     assert last["mean_loss"] < first["mean_loss"] - 0.2
@@ -404,6 +404,20 @@ def test_the_published_recipe_stacks_on_every_size(size, sample_data, tmp_path):
         assert f"batch      {batch} sequences" in text
 
 
+def test_layers_heads_and_width_have_keys_of_their_own(sample_data, tmp_path):
+    text = expect_ok(run(sample_data, tmp_path / "a", "--dry_run", "--n_layer=2"))
+    assert "441,856 parameters" in text  # of tiny's 838,400, without two layers of 198,272
+    shape = ("--n_layer=1", "--n_head=3", "--n_embd=96")
+    expect_ok(run(sample_data, tmp_path / "b", "--max_steps=2", *shape))
+    weights = model_of(next((tmp_path / "b" / "checkpoints").iterdir()))
+    assert weights["wte.weight"].shape == (320, 96) and "h.1.ln_1.weight" not in weights
+    expect_error(run(sample_data, tmp_path / "b", "--max_steps=2"), "n_layer 1 there, 0 here")
+    done = run(sample_data, tmp_path / "c", "--n_embd=100", "--n_head=3")
+    expect_error(done, "--n_embd 100", "not a multiple of --n_head 3", "use 99")
+    done = run(sample_data, tmp_path / "c", "--n_embd=100", "--init_from=gpt2")
+    expect_error(done, "--n_embd 100", "--init_from has a shape of its own")
+
+
 def test_the_defaults_are_the_published_recipe():
     config = TrainConfig()
     for name, (value, _) in PUBLISHED.items():
@@ -418,7 +432,7 @@ def test_the_published_mixtures():
     doremi = (0.04235, 0.08201, 0.381, 0.1141, 0.0654, 0.0847, 0.2305)
     assert data.MIXTURES["doge"] == dict(zip(order, doge, strict=True))
     assert data.MIXTURES["doremi"] == dict(zip(order, doremi, strict=True))
-    assert data.MIXTURES["uniform"] == dict.fromkeys(order, 1.0)
+    assert data.MIXTURES["uniform"] is None
     assert data.MIXTURES["c4cc"] == {"cc": 0.5, "c4": 0.5}
 
 
@@ -494,7 +508,8 @@ def test_wrong_data(tmp_path):
     def fails(*words, mixture="natural"):
         expect_error(run(tmp_path / "d", tmp_path / "run", f"--mixture={mixture}"), *words)
 
-    fails("'uniform' asks for book, cc, github", "it has: arxiv, c4", mixture="uniform")
+    fails("'doge' asks for", "book, cc, github", "it has: arxiv, c4", mixture="doge")
+    fails("--mixture c4=x: expected uniform, natural", "cc=0.5,c4=0.5", mixture="c4=x")
     shard = tmp_path / "d" / "c4" / "val_00000.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + b"\xff" * 40 + whole[240:])  # as long as it was
@@ -683,7 +698,7 @@ def test_the_tensors_of_a_checkpoint_are_shared_until_they_are_loaded(unbroken):
     folder = checkpoint.find_latest(unbroken)
     shape = checkpoint.read_shape(folder)
     config = TrainConfig(device="cpu", micro_batch_size=8, loss_chunk=0, compile="off")
-    trainer = Trainer(GPT(shape), config, len(data.DOMAINS), torch.device("cpu"))
+    trainer = Trainer(GPT(shape), config, len(DOMAINS), torch.device("cpu"))
 
     def mapped() -> list[bool]:
         maps = Path("/proc/self/maps").read_text()

@@ -25,8 +25,8 @@ import pytest
 from conftest import ROOT, changed, command, expect_error, expect_ok, write_shards
 
 import cli
-import data
 from cli import UserError
+from corpus.manifest import DOMAINS
 from runtime.metrics import Metrics, read_lines
 
 SMALL = (
@@ -79,7 +79,7 @@ DAMAGES = {  # name of the folder -> place in its manifest.json, new value; ... 
     "vocabulary_is_huge": (("tokenizer", "n_vocab"), 10**12),
     "domains": (("domains",), ...),
     "no_domain": (("domains",), {}),
-    "domains_are_a_list": (("domains",), list(data.DOMAINS)),
+    "domains_are_a_list": (("domains",), list(DOMAINS)),
     "shards_are_text": (("domains", "c4", "train"), "train_00000.npy"),
     "no_tokens": ((*SHARD, "tokens"), ...),
     "tokens_are_text": ((*SHARD, "tokens"), "many"),
@@ -122,7 +122,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
     tokens = np.arange(2000) % 250
     splits = {"train": tokens, "val": tokens[:300]}
-    names["data"] = write_shards(top / "data", dict.fromkeys(data.DOMAINS, splits))
+    names["data"] = write_shards(top / "data", dict.fromkeys(DOMAINS, splits))
     write_data_folders(names["data"], top)
     write_corpora(names["corpus"], names["bad"])
     names["run"] = top / "run"
