@@ -96,10 +96,24 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:  # argparse drops the value "--" of a flag
             if action.nargs is None and getattr(values, action.dest, None) == []:
                 self.error(f"{action.option_strings[0]}: '--' is not a value")
+        for name, value in vars(values).items():
+            if name != "prompt":  # the one text of a user that is no path and may begin so
+                setattr(values, name, expand_home(value))
         return values
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists all flags)")
+
+
+def expand_home(value: Any) -> Any:
+    """~/x in a flag or config file, where no shell has expanded it, as in --out_dir=~/x."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, Path) and str(value).startswith("~/"):
+        return value.expanduser()
+    return value
 
 
 def parse(cls: type[Config], doc: str, argv: list[str]) -> Config:

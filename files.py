@@ -17,6 +17,10 @@ from cli import UserError
 
 # What a write raises when there is no room: a full disk, a quota, or a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a file system without hard links raises.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+# What fsync raises on a file system that cannot do it for folders.
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 # What flock raises on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -48,6 +52,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not os.path.isdir(path):
+            raise
     finally:
         os.close(handle)
 

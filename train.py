@@ -10,6 +10,9 @@ flags win over files. Giving the same command again continues the run.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 
 import torch
 

@@ -232,8 +232,14 @@ def create_once(path: Path, text: str) -> None:
         os.link(temporary, path)
     except FileExistsError:
         pass
+    except OSError as error:
+        if error.errno not in files.NO_LINKS:
+            raise
+        with files.lock(path.with_name(f"{path.name}.lock"), "another part starts", wait=60):
+            if not path.exists():
+                os.replace(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def changed_input(before: list[list], now: list[list]) -> str | None:

@@ -20,7 +20,7 @@ from typing import IO, BinaryIO, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cli import UserError
+from cli import UserError, print_error
 from files import sync, write_text
 from model import GPT, GPTConfig
 from recipe import TrainConfig, with_added_keys
@@ -116,6 +116,7 @@ def save(
         discard(folder)
     os.replace(temporary, folder)
     sync(folder.parent)
+    tidy(out_dir)
     prune(out_dir, step, keep, every)
     return folder
 
@@ -158,16 +159,39 @@ def check_space(out_dir: Path, tensors: tuple[dict, dict]) -> None:
 # Deleting
 
 
+OWN_LEFTOVER = re.compile(r"step_\d{8}\.(old\d*\.)?tmp")
+
+
 def tidy(out_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
-    for leftover in (Path(out_dir) / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(leftover)
+    """Remove what a killed process left half-written or half-deleted; nothing of other programs."""
+    for path in (Path(out_dir) / "checkpoints").glob("*.tmp"):
+        if OWN_LEFTOVER.fullmatch(path.name):
+            remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, or say that it is tried again: the next save and the next start do."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        warn_not_deleted(folder, error)
+
+
+def warn_not_deleted(folder: Path, error: OSError) -> None:
+    print_error(
+        f"warning: {folder} cannot be deleted ({error.strerror}); it takes room until a later "
+        "checkpoint or start deletes it"
+    )
 
 
 def prune(out_dir: Path, step: int, keep: int, every: int) -> None:
     """Delete the checkpoints that are outdated after that of `step`."""
     for old in outdated(steps(out_dir), step, keep, every):
-        discard(checkpoint_folder(out_dir, old))
+        folder = checkpoint_folder(out_dir, old)
+        try:
+            discard(folder)
+        except OSError as error:
+            warn_not_deleted(folder, error)
 
 
 def outdated(existing: list[int], step: int, keep: int, every: int) -> list[int]:
@@ -184,9 +208,11 @@ def outdated(existing: list[int], step: int, keep: int, every: int) -> list[int]
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint, which never looks like a whole one with files missing."""
-    temporary = folder.with_name(f"{folder.name}.old.tmp")
+    n = 0
+    while (temporary := folder.with_name(f"{folder.name}.old{n or ''}.tmp")).exists():
+        n += 1  # an earlier one that could not be deleted
     os.replace(folder, temporary)
-    shutil.rmtree(temporary)
+    remove(temporary)
 
 
 # Finding

@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -69,8 +70,36 @@ def setup(device_type: str, timeout_s: float = 600) -> torch.device:
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device, timeout=timeout)
         else:
-            dist.init_process_group("gloo", timeout=timeout)
+            join_by_gloo(timeout)
     return device
+
+
+def join_by_gloo(timeout: timedelta) -> None:
+    """UserError where this node cannot reach the others at the address that its name stands for."""
+    try:
+        dist.init_process_group("gloo", timeout=timeout)
+    except RuntimeError as error:
+        node = socket.gethostname()
+        address = address_of(node)
+        if ranks().world_size == int(os.environ["LOCAL_WORLD_SIZE"]) or is_reachable(address):
+            raise
+        raise UserError(
+            f"this node's name {node} stands for {address}, where no other node reaches it "
+            f"({str(error).splitlines()[0]}); set GLOO_SOCKET_IFNAME to the network's interface "
+            "on every node (ip addr lists them)"
+        ) from None
+
+
+def address_of(node: str) -> str:
+    try:
+        return socket.gethostbyname(node)
+    except OSError:
+        return "no address"
+
+
+def is_reachable(address: str) -> bool:
+    """Whether other nodes may reach an address; many systems give their own name 127.0.1.1."""
+    return address[:1].isdigit() and not address.startswith("127.")
 
 
 def cleanup() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -91,9 +92,17 @@ def packages(config: TrainConfig) -> Iterator[Line]:
 
 
 def ranks(config: TrainConfig) -> Iterator[Line]:
-    """This process's place, from the launcher's environment variables."""
+    """This process's place, from the launcher's environment, and where others find this node."""
     rank, local_rank, world_size = distributed.ranks()
     yield "ok", "ranks", f"rank {rank} of {world_size}, local rank {local_rank}"
+    address = distributed.address_of(socket.gethostname())
+    text = f"{socket.gethostname()} is {address}"
+    if distributed.is_reachable(address) or os.environ.get("GLOO_SOCKET_IFNAME"):
+        yield "ok", "address", text
+    else:
+        remedy = "for several nodes set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        mark = "warning" if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "ok"
+        yield mark, "address", f"{text}, where no other node finds it; {remedy}"
 
 
 def gpus(config: TrainConfig) -> Iterator[Line]:

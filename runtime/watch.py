@@ -1,9 +1,9 @@
 """What interrupts a run: signals that all ranks agree on, a watchdog that names late ranks.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) end a run in good order. The first signal
-only sets a flag. All ranks learn of it one step later, save a checkpoint at the same step and
-leave with exit code 0. A later signal ends the process at once, which leaves every file whole,
-since files are renamed into place.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone) and SIGUSR1 (Slurm's warning) end a run in
+good order. The first signal only sets a flag. All ranks learn of it one step later, save a
+checkpoint at the same step and leave with exit code 0. A later signal ends the process at once,
+which leaves every file whole, since files are renamed into place.
 """
 
 import os
@@ -15,7 +15,7 @@ import time
 
 from runtime import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Slurm signals torchrun and its workers, and torchrun passes it on: within this many seconds it is
 # the same signal delivered twice.
 SAME_SIGNAL_S = 2.0
@@ -40,7 +40,11 @@ class Stop:
         self.agree = distributed.Agreement(timeout_s)
         self.parts, self.reason = [], ""
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            # nohup makes a run go on after SIGHUP. Not under torchrun: it passes the signal on and
+            # kills its workers 30 seconds later, nohup or not.
+            is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_nohup or "TORCHELASTIC_RUN_ID" in os.environ:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
         if not self.received:

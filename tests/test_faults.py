@@ -595,7 +595,12 @@ def test_data_that_changes_during_a_run(start, sample_data, tmp_path):
     shutil.copytree(sample_data, data_dir)
     run = start(out, "--data_dir", data_dir, "--checkpoint_interval=4", "--max_steps=1000")
     run.wait_for(lambda: newest(out) >= 4)
-    os.utime(data_dir / "book" / "train_00000.npy")
+    os.utime(data_dir / "c4" / "train_00000.npy")  # the content decides
+    reached = newest(out) + 8
+    run.wait_for(lambda: newest(out) >= reached)
+    with open(data_dir / "book" / "train_00000.npy", "r+b") as file:
+        file.seek(200)
+        file.write(b"\1\0")
     assert run.wait()[0] == 2, run.output()
     assert "book/train_00000.npy was changed during the run" in run.output()
     assert "Traceback" not in run.output()
