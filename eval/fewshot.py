@@ -3,10 +3,10 @@
     python eval/fewshot.py --run runs/124m_uniform_linupper_seed42    # default tasks, 5 examples
     torchrun --nproc_per_node 8 -- eval/fewshot.py --run RUN --tasks sciq,piqa --num_fewshot 0
     python eval/fewshot.py --run RUN --tasks mine --include_path folder_with_yaml  # local tasks
-    HF_DATASETS_OFFLINE=1 python eval/fewshot.py --run RUN            # with a filled cache
+    HF_HUB_OFFLINE=1 python eval/fewshot.py --run RUN    # after scripts/fetch_tasks.py elsewhere
 
-Writes RUN/eval/fewshot.json after each task; a second start with the same settings scores only what
-is missing. Needs requirements-eval.txt.
+Writes RUN/eval/fewshot.json after each task, with why a task could not be scored; a second start
+with the same settings scores only what is missing. Needs requirements-eval.txt.
 
 A prompt longer than the context loses its first tokens, and with them some of its examples: of each
 task's `requests`, `truncated` lost `tokens_cut` tokens in all.
@@ -14,7 +14,6 @@ task's `requests`, `truncated` lost `tokens_cut` tokens in all.
 
 import hashlib
 import json
-import logging
 import os
 import sys
 from argparse import Namespace
@@ -74,7 +73,12 @@ TABLES = {"fewshot": "needs RUN/eval/fewshot.json (python eval/fewshot.py --run 
 
 
 def read(run: RunFolder) -> dict | None:
-    """RUN/eval/fewshot.json, or None."""
+    """RUN/eval/fewshot.json, or None; its "tasks" are empty where none could be scored."""
+    path = Path(run.path) / "eval" / RESULT
+    if path.is_file():
+        record = checkpoint.read_json(path)
+        if record.get("tasks") == {} and record.get("failed") and "step" in record:
+            return record
     return read_result(
         run,
         "fewshot",
@@ -148,6 +152,10 @@ def table(
             errors=per_column(columns, values_of(results, name, "stderr")),
         )
         rows.append(row)
+    reasons = reasons_of(results)
+    for name in dict.fromkeys(name for names in reasons.values() for name in names):
+        if name not in tasks:  # no run has a score of it
+            rows.append(Row(name, per_column(columns, {}), best=None))
     if averaged:
         means = {}
         for run, result in results.items():
@@ -161,6 +169,8 @@ def table(
         "task's documents. Requests cut on the left to fit the context: "
         f"{describe_cuts(results, tasks)}."
     )
+    for reason, names in reasons.items():
+        note += f" Missing: {', '.join(names)}: {reason} (more in RUN/eval/fewshot.json)."
     return Table(
         what="fewshot",
         title=f"Few-shot scores, {size}",
@@ -180,6 +190,18 @@ def values_of(results: dict[RunFolder, dict], task: str, key: str) -> dict[RunFo
         if isinstance(value, int | float):
             values[run] = float(value)
     return values
+
+
+def reasons_of(results: dict[RunFolder, dict]) -> dict[str, list[str]]:
+    """Why tasks could not be scored in some run -> their names; a reason without its details."""
+    reasons = {}
+    for result in results.values():
+        failed = result.get("failed")
+        for name, reason in failed.items() if isinstance(failed, dict) else ():
+            names = reasons.setdefault(str(reason).split(" (")[0], [])
+            if name not in names:
+                names.append(name)
+    return reasons
 
 
 def describe_cuts(results: dict[RunFolder, dict], tasks: dict[str, dict]) -> str:
@@ -244,14 +266,24 @@ def check_args(args: Namespace) -> None:
             raise UserError(f"--{name} {value}: must be {lowest} or more")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
-    names = [name.strip() for name in args.tasks.split(",")]
-    args.tasks = [name for name in dict.fromkeys(names) if name]
-    if not args.tasks:
-        raise UserError("--tasks: no name given; such as --tasks sciq,piqa")
+    args.tasks = names_of(args.tasks)
     if args.include_path and not args.include_path.is_dir():
         raise UserError(
             f"--include_path {args.include_path}: no such folder; give one with YAML files of tasks"
         )
+    check_installed()
+
+
+def names_of(tasks: str) -> list[str]:
+    """The names in --tasks, each once."""
+    names = [name.strip() for name in tasks.split(",")]
+    names = [name for name in dict.fromkeys(names) if name]
+    if not names:
+        raise UserError("--tasks: no name given; such as --tasks sciq,piqa")
+    return names
+
+
+def check_installed() -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed: pip install -r requirements-eval.txt"
@@ -331,7 +363,6 @@ def main() -> None:
         )
     # Otherwise the harness's bootstrap would start a process per core, on every rank.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
     model = evaluated.model.to(device)
     lm = harness.Harness(model, evaluated.tokens, args.batch_size, evaluated.about["dtype"])
@@ -346,7 +377,7 @@ def main() -> None:
             raise UserError(
                 f"--batch_size {args.batch_size}: does not fit in the GPU's memory; lower it"
             ) from None
-        if result_path and record["tasks"] and distributed.ranks().rank == 0:
+        if result_path and distributed.ranks().rank == 0:
             write_text(result_path, json.dumps(record, indent=1))
     if not record["tasks"]:
         name, *others = record["failed"]

@@ -7,6 +7,7 @@ B inputs in a batch, T tokens in the longest, M tokens scored, C channels.
 """
 
 import io
+import logging
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -42,6 +43,9 @@ VERSION = lm_eval.__version__
 METRICS = {"acc": 1.0, "exact_match": 1.0, "exact": 0.01}
 ROWS = 1024  # rows of logits computed at once
 DIVERGED = -2  # in place of a token
+# Tasks of ours: those of the harness whose data sets are loading scripts, with converted data.
+OWN_TASKS = Path(__file__).parent / "tasks"
+FILL_CACHE = "python scripts/fetch_tasks.py where there is internet"
 
 
 class Harness(TemplateLM):
@@ -302,19 +306,24 @@ def what_is_wrong(error: Exception) -> str:
         )
     if isinstance(error, OSError):
         return (
-            f"its data is not in the cache and cannot be downloaded ({cause}); fill the cache "
-            "where there is internet, correct the paths of a local task, or leave it out"
+            f"its data is not in the cache and cannot be downloaded ({cause}); fill the cache: "
+            f"{FILL_CACHE}; or correct the paths of a local task, or leave it out"
         )
     return f"the harness cannot load or count it ({cause}); correct the task or leave it out"
 
 
 def open_tasks(names: list[str], include_path: Path | None) -> lm_eval.tasks.TaskManager:
-    """The harness's index of tasks; UserError if a name is not in it."""
-    if include_path:
-        manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(manager.all_subtasks):  # reading the harness's own takes seconds
-            return manager
-    manager = lm_eval.tasks.TaskManager(include_path=include_path)
+    """The harness's index of tasks and ours; UserError if a name is not in it.
+
+    Where two have the same name, a task in include_path comes first, then ours.
+    """
+    # The index warns of each task of ours that replaces one of the harness.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    paths = [OWN_TASKS, include_path] if include_path else [OWN_TASKS]
+    manager = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
+    if set(names) <= set(manager.all_subtasks):  # reading the harness's own takes seconds
+        return manager
+    manager = lm_eval.tasks.TaskManager(include_path=paths)
     local = ""
     if include_path:
         local = f" and {include_path} (YAML files that do not parse are ignored)"

@@ -320,6 +320,15 @@ def as_text(record: dict) -> str:
             ends = f"{low:.3f} to {high:.3f}"
         return f"{name:<{width}}{loss:>12.4f}{perplexity(loss):>12.3f}{ends:>22}"
 
+    if "mean_loss_ci95" not in record:  # --windows
+        lines = [f"{'domain':<{width}}{'loss (nats)':>12}{'perplexity':>12}{'tokens':>12}"]
+        for name, domain in record["domains"].items():
+            loss, ppl = domain["loss"], domain["ppl"]
+            lines.append(f"{name:<{width}}{loss:>12.4f}{ppl:>12.3f}{domain['tokens']:>12,}")
+        loss = record["mean_loss"]
+        lines.append(f"{'average':<{width}}{loss:>12.4f}{perplexity(loss):>12.3f}")
+        return "\n".join(lines)
+
     head = f"{'domain':<{width}}{'loss (nats)':>12}{'perplexity':>12}{'95 % interval':>22}"
     lines = [f"{head}{'bits/byte':>11}{'tokens':>12}{'documents':>11}"]
     for name, domain in record["domains"].items():
@@ -515,16 +524,24 @@ def parse_args() -> Namespace:
         "each token is scored once, with more context (default: the block size)",
     )
     parser.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="N windows per domain, for a quick look: no intervals, and no file without --to",
+    )
+    parser.add_argument(
         "--block_size", type=int, help="tokens per window (default: the model's context)"
     )
     parser.add_argument(
         "--batch_size", type=int, default=32, help="windows per rank and forward pass (default: 32)"
     )
     args = parser.parse_args()
-    for name in ("stride", "block_size", "batch_size"):
+    for name in ("stride", "windows", "block_size", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be above 0")
+    if args.windows and args.stride:
+        raise UserError("--stride scores all windows; leave out --windows or --stride")
     if args.hf and not args.data_dir:
         raise UserError(
             "--hf needs --data_dir (for the released GPT-2 a folder prepared with --tokenizer gpt2)"
@@ -566,8 +583,10 @@ def main() -> None:
     args = parse_args()
     evaluated = models.open_model(args)
     split = open_split(args, evaluated)
-    pairs = validation_windows(split, None)
-    result_path = models.result_path(args, RESULT)
+    pairs = validation_windows(split, args.windows)
+    result_path = None
+    if args.to or not args.windows:
+        result_path = models.result_path(args, RESULT)
     stride = args.stride or split.block_size
     sliding = stride if stride < split.block_size else None
     device = distributed.setup("cuda" if torch.cuda.is_available() else "cpu")
@@ -579,7 +598,7 @@ def main() -> None:
             args.batch_size,
             evaluated.about["dtype"],
             sliding,
-            find_document_ends(split),
+            [] if args.windows else find_document_ends(split),
             progress=True,
         )
     except torch.OutOfMemoryError:
@@ -594,9 +613,11 @@ def main() -> None:
             **summarize(split, pairs, scores.windows, sliding),
         }
         windows = by_domain(split, pairs, scores.windows)
-        documents = dict(zip(split.domains, scores.documents, strict=True))
-        documents = {name: documents[name] for name in windows}
-        add_intervals(record, documents)
+        documents = {}
+        if scores.documents:
+            of_domains = dict(zip(split.domains, scores.documents, strict=True))
+            documents = {name: of_domains[name] for name in windows}
+            add_intervals(record, documents)
         if result_path:
             write(result_path, record, windows, documents)
         print(as_text(record))

@@ -181,10 +181,17 @@ def run_names(configs: list[dict]) -> list[str]:
             if has_no_effect(key, config):
                 continue
             values = [other.get(key) for other in configs if not has_no_effect(key, other)]
-            if any(value != config.get(key) for value in values):
-                parts.append(f"{key}={config.get(key)}")
+            own = config.get(key)
+            if own is not None and any(value != own for value in values):
+                parts.append(f"{key}={as_words(own)}")
         names.append(" ".join(parts))
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def as_words(value: object) -> str:
+    if isinstance(value, dict):  # the numbers of a mixture
+        return " ".join(f"{name}:{number:.3g}" for name, number in value.items())
+    return str(value)
 
 
 def has_no_effect(key: str, config: dict) -> bool:

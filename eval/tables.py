@@ -205,6 +205,10 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     tables = collect_tables(read_runs(args.runs), args.what)
+    made = {table.what for table in tables}
+    for kind in KINDS:
+        if args.what is None and kind not in made:
+            print(f"no table {kind}: {KINDS[kind]}", file=sys.stderr)
     if not args.out:
         render, _ = FORMATS[args.format or "markdown"]
         print(render(tables))

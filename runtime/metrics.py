@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from tqdm import tqdm
 
 from cli import UserError
 from files import write_text
+
+LINE_S = 10.0  # seconds between lines of training in a log file
 
 
 class Metrics:
@@ -26,6 +31,8 @@ class Metrics:
     def __init__(self, out_dir: Path, config: dict, start_step: int, max_steps: int):
         out_dir = Path(out_dir)
         self.path = out_dir / "metrics.jsonl"
+        self.max_steps = max_steps
+        self.r_moves = bool(config.get("r_start"))
         self.failure = ""
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -34,25 +41,38 @@ class Metrics:
             self.file = open(self.path, "ab")
         except OSError as error:
             raise UserError(cannot_write(out_dir, error)) from None
-        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        # Off a terminal, in a log file, there are lines in place of a bar.
+        self.bar = tqdm(
+            total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None
+        )
+        self.shown_at = -math.inf
         self.wandb = None
         if config["wandb"] != "off":
-            self.wandb = start_wandb(out_dir, config)
+            self.wandb = start_wandb(out_dir, config, start_step)
 
     def log(self, record: dict) -> None:
         self.append(json.dumps(record) + "\n")
         if self.failure:  # standard error may be on the same disk
             return
         step = record["step"]
-        self.bar.update(step - self.bar.n)
-        if record["kind"] == "train":
-            loss, speed = record["loss"], record["tokens_per_s"]
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        elif text := describe(record):
-            self.bar.write(f"step {step:>6}: {text}")
-        if self.wandb:
-            values = {key: value for key, value in record.items() if key != "kind"}
-            self.wandb.log({record["kind"]: values}, step=step)
+        self.show(step, record)
+        if self.wandb and (values := for_wandb(record)):
+            if not self.r_moves:
+                values.pop("train/r", None)
+            self.wandb.log(values, step=step)
+
+    def show(self, step: int, record: dict) -> None:
+        """On the bar or, where there is none, as a line, training at most every LINE_S seconds."""
+        text = describe(record)
+        if record["kind"] != "train":
+            if text:
+                self.bar.write(f"step {step:>6}: {text}")
+        elif not self.bar.disable:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(text)
+        elif time.monotonic() - self.shown_at >= LINE_S or step == self.max_steps:
+            self.shown_at = time.monotonic()
+            print(f"step {step:>6} of {self.max_steps}: {text}", flush=True)
 
     def append(self, line: str) -> None:
         """Write the whole line or nothing of it; `failure` says why it could not be written."""
@@ -74,6 +94,8 @@ class Metrics:
 
 def describe(record: dict) -> str:
     """A record as text for the terminal; "" for kinds that are not shown."""
+    if record["kind"] == "train":
+        return f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s"
     if record["kind"] == "skip":
         return (
             f"skipped, {record['reason']} not finite; {len(record['samples'])} samples named in "
@@ -89,11 +111,67 @@ def describe(record: dict) -> str:
     return ""
 
 
-def start_wandb(out_dir: Path, config: dict):
-    """The run's page; a resumed run continues in its own one, and no other folder's run does."""
+# Keys of a train record that say what the weights did; they get a section of their own.
+OF_WEIGHTS = (
+    "ess",
+    "entropy",
+    "correlation",
+    "max_weight",
+    "above_bound",
+    "weight_by_domain",
+    "samples_by_domain",
+    "weight_by_kind",
+    "samples_by_kind",
+)
+
+
+def for_wandb(record: dict) -> dict[str, Any]:
+    """A record under the names of its wandb charts, without what never changes or is text."""
+    import wandb
+
+    kind = record["kind"]
+    values = {}
+    if kind == "train":
+        for key, value in record.items():
+            if key in OF_WEIGHTS:
+                values |= named(f"weights/{key}", value)
+            elif key not in ("kind", "step"):
+                values |= named(f"train/{key}", value)
+    elif kind == "eval":
+        values["eval/mean_loss"] = record["mean_loss"]
+        for domain, result in record["domains"].items():
+            for key in ("loss", "ppl", "bits_per_byte"):
+                values[f"eval/{key}/{domain}"] = result[key]
+    elif kind == "histogram":
+        for of in ("loss", "weight"):
+            edges = np.linspace(
+                record[of]["low"], record[of]["high"], len(record[of]["counts"]) + 1
+            )
+            histogram = wandb.Histogram(np_histogram=(record[of]["counts"], edges))
+            values[f"weights/{of}_histogram"] = histogram
+    elif kind == "spike":
+        values["train/spike"] = record["grad_norm"]
+    return values
+
+
+def named(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {f"{name}/{key}": part for key, part in value.items()}
+    return {name: value}
+
+
+def start_wandb(out_dir: Path, config: dict, start_step: int):
+    """The run's page; a resumed run continues in its own one, and no other folder's run does.
+
+    Offline, each start has a page of its own in the run's group: synced under one name, a later
+    start would replace the earlier ones.
+    """
     import wandb  # slow to import, and most runs do without
 
     run_id = hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:8]
+    group = None
+    if config["wandb"] == "offline":
+        run_id, group = f"{run_id}-{start_step}", run_id
     try:
         return wandb.init(
             project="nanoreweight",
@@ -102,6 +180,7 @@ def start_wandb(out_dir: Path, config: dict):
             config=config,
             mode=config["wandb"],
             id=run_id,
+            group=group,
             resume="allow",
         )
     except wandb.errors.Error as error:

@@ -168,6 +168,19 @@ def test_the_windows_of_domains_with_any_name(run, tmp_path):
     check(result, {name: expected[name] for name in in_order(expected)}, folder)
 
 
+def test_a_few_windows_for_a_quick_look(run, data_dir, tmp_path):
+    before = sorted((run / "eval").glob("*")) if (run / "eval").exists() else []
+    ask = ("eval/perplexity.py", "--run", run, "--windows", 2)
+    text = expect_ok(command(*ask))
+    assert "arxiv" in text and "average" in text and "interval" not in text
+    assert (sorted((run / "eval").glob("*")) if (run / "eval").exists() else []) == before
+    expect_ok(command(*ask, "--to", tmp_path / "quick.json"))
+    record = json.loads((tmp_path / "quick.json").read_text())
+    assert record["domains"]["arxiv"]["tokens"] == 2 * T
+    expect_error(command(*ask, "--stride", 2), "--stride scores all windows")
+    expect_error(command(*ask[:-1], 0), "--windows 0")
+
+
 class Told(torch.nn.Module):
     """A model whose loss is the target's id ("target") or the number of tokens seen ("context")."""
 

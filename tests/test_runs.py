@@ -33,7 +33,7 @@ def test_other_data_in_the_same_folder_is_another_setting(tmp_path, key, value):
     b = make_run(tmp_path / "b", [1.2], data_dir="data/x", identity=other, seed=2)
     c = make_run(tmp_path / "c", [1.1], data_dir="data/x", identity=other, reweight="upper")
     names = perplexities(a, b, c)
-    assert len(names) == 3 and all(key in name for name in names)
+    assert len(names) == 3 and all(key in name for name in names[1:])
     done = command("eval/tables.py", a, c, "--what", "difference")  # a is no baseline for c
     expect_error(done, "difference", "a run of another strategy that is like it in all else")
 
@@ -110,6 +110,25 @@ def test_a_result_of_another_model_than_the_checkpoint_is_refused(tmp_path):
     (folder / "state.json").write_text('{"sha256": {"model.pt": "m2"}}')
     done = command("eval/tables.py", run)
     expect_error(done, "fewshot.json is of another model", "python eval/fewshot.py --run")
+
+
+def test_names_leave_out_what_a_run_does_not_have(tmp_path):
+    """As after a resume: one run was evaluated before its end, the other at its end."""
+    runs = [make_run(tmp_path / name, [1.0], max_steps=n) for name, n in (("a", 9), ("b", 60))]
+    names = perplexities(*runs)
+    assert names == ["uniform max_steps=9", "uniform max_steps=60 evaluated_at_step=9"]
+
+
+def test_a_missing_table_is_one_line(tmp_path):
+    done = command("eval/tables.py", make_run(tmp_path / "a", [1.0]))
+    expect_ok(done)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("no table")]
+    assert [line.split(":")[0] for line in lines] == [
+        "no table difference",
+        "no table fewshot",
+        "no table speedup",
+    ]
+    assert "needs a uniform run" in lines[0] and "eval/fewshot.py" in lines[1]
 
 
 def test_settings_of_a_run_without_an_identity_are_its_config(tmp_path):

@@ -261,22 +261,20 @@ def test_seeds_share_a_column_and_are_paired_with_uniform(tmp_path):
     found = tables(*runs)
     rows = found["Loss (log-perplexity, nats per token), tiny"]
     assert rows["domain"] == [
-        "uniform block_size=None",
-        "upper block_size=None",
+        "uniform",
+        "upper",
         "upper block_size=7",
     ]
     assert rows["book"] == ["**1.2000 ± 0.1000**", "1.2233 ± 0.1050", "2.0000"]
     rows = found["Loss minus uniform, tiny"]
-    assert rows["domain"] == ["upper block_size=None", "upper block_size=7"]
+    assert rows["domain"] == ["upper", "upper block_size=7"]
     assert rows["average loss"] == rows["book"] == ["+0.0233 ± 0.0058", "missing"]
     assert rows["p (documents)"] == ["missing", "missing"]  # no file with the documents
     rows = list(
         csv.DictReader(io.StringIO(expect_ok(command("eval/tables.py", *runs, "--format", "csv"))))
     )
     book = next(
-        r
-        for r in rows
-        if (r["table"], r["row"], r["setting"]) == ("loss", "book", "upper block_size=None")
+        r for r in rows if (r["table"], r["row"], r["setting"]) == ("loss", "book", "upper")
     )
     assert (float(book["std"]), book["runs"]) == (
         pytest.approx(np.std([1.12, 1.22, 1.33], ddof=1)),

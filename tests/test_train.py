@@ -25,6 +25,7 @@ from model import GPT, SIZES, GPTConfig
 from recipe import TrainConfig, lr_at, r_at
 from reweight import STRATEGIES
 from runtime import checkpoint, telemetry
+from runtime.metrics import for_wandb
 from step import Trainer, make_optimizer
 
 SMALL = (
@@ -267,8 +268,39 @@ def test_dry_run_prints_the_plan_and_writes_nothing(sample_data, tmp_path):
 
 
 def test_wandb_offline_needs_no_account(sample_data, tmp_path):
-    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2", "--wandb=offline"))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    flags = ("--wandb=offline", "--checkpoint_interval=2")
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=2", *flags))
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    expect_ok(run(sample_data, tmp_path / "run", "--max_steps=4", *flags))
+    names = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    # Under one id, syncing the second would replace the first.
+    assert sorted(name.rsplit("-", 1)[1] for name in names) == ["0", "2"]
+
+
+def test_a_log_file_has_lines_and_no_bar(sample_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.metrics.LINE_S", 0.0)
+    flags = ("--max_steps=4", "--log_interval=2", "--eval_interval=4")
+    done = run(sample_data, tmp_path / "run", *flags)
+    lines = expect_ok(done).splitlines()
+    shown = [line for line in lines if line.startswith("step")]
+    assert shown[0].startswith("step      0: validation")
+    assert re.match(r"step      2 of 4: loss \d\.\d{3}, [\d,]+ tokens/s$", shown[1])
+    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
+
+
+def test_wandb_has_sections_and_nothing_constant(unbroken):
+    import wandb
+
+    values = {}
+    for kind in ("train", "eval", "histogram"):
+        values |= for_wandb(records(unbroken, kind)[0])
+    assert {name.split("/")[0] for name in values} == {"train", "eval", "weights"}
+    assert {"train/loss", "train/lr", "weights/ess", "weights/weight_by_domain/c4"} <= set(values)
+    assert {"eval/mean_loss", "eval/ppl/book"} <= set(values)
+    assert isinstance(values["weights/loss_histogram"], wandb.Histogram)
+    numbers = [value for value in values.values() if not isinstance(value, wandb.Histogram)]
+    assert all(isinstance(value, int | float) for value in numbers)
+    assert not any("hash" in name or name.endswith("/tokens/c4") for name in values)
 
 
 def test_learning_rate_schedule():
