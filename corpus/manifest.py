@@ -71,9 +71,13 @@ def read_manifest(data_dir: str | Path) -> dict:
     """
     path = Path(data_dir) / "manifest.json"
     if not data_dir or not Path(data_dir).is_dir():
+        # The synthetic text only where its own folder is asked for: it must not pass for another.
+        source = "--source hub --dataset DKYoon/SlimPajama-6B"
+        if Path(data_dir).name == "sample":
+            source = "--source sample --tokenizer bytes"
         raise UserError(
             f"data folder {str(data_dir)!r} not found; make it with: python prepare_slimpajama.py "
-            f"--source sample --out {data_dir}"
+            f"{source} --out {data_dir or 'data/slimpajama'}"
         )
     if not path.is_file():
         raise UserError(

@@ -41,8 +41,8 @@ MARKERS = "os^Dv<>"
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
 # A panel of the page: size and ends of the axes (left, bottom, right, top) in points, colors of
 # text and grid.
-PANEL = (344, 194)
-PANEL_AXES = (46, 24, 326, 184)
+PANEL = (344, 212)
+PANEL_AXES = (46, 42, 326, 202)
 MUTED = "#5c6670"
 RULE = "#d8dde2"
 
@@ -75,13 +75,27 @@ class Chart(NamedTuple):
 
 
 def loss_charts(columns: Columns) -> list[Chart]:
-    """Validation loss in nats per token: the mean of the domains, then each domain."""
-    mean = over_steps(columns, "eval", "mean_loss")
+    """Validation loss in nats per token: the mean of the domains, then each domain.
+
+    From the end of the learning rate's warm-up on: before it, all curves fall alike from the same
+    height, which would take the room of all that differs.
+    """
+    mean = after_warmup(columns, over_steps(columns, "eval", "mean_loss"))
     charts = [make_chart("mean of the domains", mean)]
     for domain in groups_in(columns, "eval", "domains"):
         lines = over_steps(columns, "eval", "domains", domain, "loss")
-        charts.append(make_chart(domain, lines))
+        charts.append(make_chart(domain, after_warmup(columns, lines)))
     return charts
+
+
+def after_warmup(columns: Columns, lines: list[Line]) -> list[Line]:
+    """The lines, a run each, from the end of its warm-up on, if two points are left."""
+    later_lines = []
+    for (_, run), line in zip(runs_in(columns), lines, strict=True):
+        is_later = line.x >= max(1, run.config.get("warmup_steps", 0))
+        later = Line(line.setting, line.x[is_later], line.y[is_later])
+        later_lines.append(later if len(later.x) > 1 else line)
+    return later_lines
 
 
 def training_charts(columns: Columns) -> list[Chart]:
@@ -90,7 +104,7 @@ def training_charts(columns: Columns) -> list[Chart]:
     largest = over_steps(columns, "train", "max_weight")
     of_losses = histogram_lines(columns, "loss")
     of_weights = histogram_lines(columns, "weight")
-    return [
+    charts = [
         make_chart("training loss, unweighted (nats)", loss),
         sample_size_chart(columns),
         make_chart("largest weight (1: the mean)", largest, low=0),
@@ -98,6 +112,7 @@ def training_charts(columns: Columns) -> list[Chart]:
         make_chart("% of samples by loss, last evaluation", of_losses, low=0, x="loss"),
         make_chart("% of samples by weight, last evaluation", of_weights, low=0, x="weight"),
     ]
+    return [chart for chart in charts if chart.lines]
 
 
 def sample_size_chart(columns: Columns) -> Chart:
@@ -338,6 +353,7 @@ def panel(chart: Chart) -> Figure:
     ax.tick_params(length=0, labelsize=11, labelcolor=MUTED)
     ax.tick_params("x", pad=9)
     ax.tick_params("y", pad=6)
+    ax.set_xlabel(chart.x, fontsize=11, color=MUTED, labelpad=4)
     ax.yaxis.set_major_locator(MaxNLocator(4))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
@@ -483,7 +499,7 @@ def weights() -> Figure:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--to", required=True, help="folder for the PNG files")
+    parser.add_argument("--to", required=True, help="folder for the PNG and PDF files")
     args = parser.parse_args()
     runs = read_runs(args.runs)
     for run in runs:
@@ -523,8 +539,10 @@ def plot_runs(runs: list[RunFolder], to: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
-    print(path)
+    """As PNG and, for papers, as PDF."""
+    for file in (path, path.with_suffix(".pdf")):
+        figure.savefig(file)
+        print(file)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ DARK_COLOURS = ("#5aa9e6", "#f0813a", "#2dbd91", "#de96bf", "#f0b429", "#a5d8f6"
 DASHES = ("none", "7 3", "2 3")  # of settings 0 to 6, 7 to 13, and all others
 TABS = {"ppl": "Perplexity", "loss": "Loss", "bits_per_byte": "Bits per byte"}
 # Keys of config.json that the page shows elsewhere than in the table of runs.
-SHOWN_ELSEWHERE = {"identity", "command", "out_dir", "versions", "seed"}
+SHOWN_ELSEWHERE = {"identity", "command", "starts", "out_dir", "versions", "seed"}
 
 Labels = dict[RunFolder, str]  # what the page calls each run
 
@@ -387,15 +387,17 @@ def runs_table(labels: Labels) -> Table:
 
 
 def commands(runs: list[RunFolder]) -> str:
-    """The commands that make the runs again, below the commit that they need."""
+    """The commands of all starts of the runs, below the commit that they need."""
     lines, checked_out = [], None
     for run in runs:
-        commit, ranks = run.config.get("git_commit"), run.config.get("world_size") or 1
-        if commit and commit != checked_out:
-            lines.append(f"git checkout {commit}")
-            checked_out = commit
-        launcher = f"torchrun --nproc_per_node {ranks} --" if ranks > 1 else "python"
-        lines.append(f"{launcher} {run.config.get('command', MISSING)}")
+        for start in run.config.get("starts") or [run.config]:  # older runs name the last alone
+            commit, ranks = start.get("git_commit"), start.get("world_size") or 1
+            if commit and commit != checked_out:
+                lines.append(f"git checkout {commit}")
+                checked_out = commit
+            launcher = f"torchrun --nproc_per_node {ranks} --" if ranks > 1 else "python"
+            note = f"  # continues from step {start['step']:,}" if start.get("step") else ""
+            lines.append(f"{launcher} {start.get('command', MISSING)}{note}")
         lines.append(f"python eval/perplexity.py --run {run.path}")
     text = "\n".join(lines)
     return f"<pre>{escape(text)}</pre>"

@@ -29,6 +29,7 @@ NOT_IN_NAMES = EXECUTION_KEYS | {
     "reweight",
     "git_commit",
     "command",
+    "starts",
     "versions",
     "identity",
     "world_size",

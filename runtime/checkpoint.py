@@ -69,6 +69,9 @@ class Writer:
             self.thread = threading.Thread(target=self._write, args=(step, tensors, state))
             self.thread.start()
 
+    def is_writing(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self.thread:

@@ -230,6 +230,6 @@ def describe_mixture(config: TrainConfig, data: RunData) -> str:
     domains = []
     for i, domain in enumerate(data.train.domains):
         if p := data.sampler.weights[i]:
-            domains.append(f"{domain} {p:.3f} x {samples / data.train.n_windows[i]:.2f}")
-    what = "probability x windows drawn / windows available"
-    return f"{config.mixture} ({what}): {', '.join(domains)}; windows {config.data_order}"
+            epochs = p * samples / data.train.n_windows[i]
+            domains.append(f"{domain} {p:.3f} ({epochs:.2f} epochs)")
+    return f"{config.mixture}: {', '.join(domains)}; windows {config.data_order}"

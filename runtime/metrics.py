@@ -36,7 +36,10 @@ class Metrics:
         self.failure = ""
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            write_text(out_dir / "config.json", json.dumps({**config, **versions()}, indent=1))
+            start = {"step": start_step, "world_size": config.get("world_size", 1), **versions()}
+            starts = [*earlier_starts(out_dir), start]
+            content = {**config, **versions(), "starts": starts}
+            write_text(out_dir / "config.json", json.dumps(content, indent=1))
             keep_lines_until(start_step, self.path)
             self.file = open(self.path, "ab")
         except OSError as error:
@@ -90,6 +93,15 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def earlier_starts(out_dir: Path) -> list[dict]:
+    """Step, command and versions of each start of this run so far."""
+    try:
+        content = json.loads((out_dir / "config.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return content.get("starts", []) if isinstance(content, dict) else []
 
 
 def describe(record: dict) -> str:

@@ -46,6 +46,7 @@ class FolderLock:
         self.path = Path(out_dir) / ".lock"
         self.refusal = ""
         self.file, self.made_folder = None, False  # of rank 0 alone
+        self.is_in_use = lambda: False  # whether a checkpoint is being written
 
     def __enter__(self) -> "FolderLock":
         is_holder = distributed.ranks().rank == 0
@@ -74,13 +75,15 @@ class FolderLock:
         return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
 
     def __exit__(self, kind, error, traceback) -> None:
-        # After an exception the file is closed with the process, or by the thread that may still
-        # be writing a checkpoint.
-        if self.file and kind is None:
-            self.file.close()
-        elif self.file and self.made_folder:
+        if not self.file:
+            return
+        if kind and self.made_folder:
             with suppress(OSError):
                 self._remove_unused_folder()
+        # After an exception a checkpoint may still be written: then the writer alone has the file.
+        if not self.is_in_use():
+            self.file.close()
+        self.file = None
 
     def _remove_unused_folder(self) -> None:
         """Leave nothing behind where nothing but the lock was written."""
@@ -141,6 +144,7 @@ class Run:
             self.writer = checkpoint.Writer(
                 self.out_dir, config.keep_checkpoints, config.keep_every, self.lock.file
             )
+            self.lock.is_in_use = self.writer.is_writing
             self.stop.parts = [self.writer, self.metrics, telemetry]
         self.logged_time = time.perf_counter()
 

@@ -132,8 +132,8 @@ def test_tables_and_curves(runs, tmp_path):
 
     steps = range(1, 10)
     uniform, linupper = page.lines("book")[:2]
-    assert uniform == ("uniform", [[0, 2.0], [5, 2.0], [9, 2.0]])
-    assert linupper == ("linupper", [[0, 1.9], [5, 1.9], [9, 1.9]])
+    assert uniform == ("uniform", [[5, 2.0], [9, 2.0]])
+    assert linupper == ("linupper", [[5, 1.9], [9, 1.9]])
     sample_sizes = page.lines("effective sample size (share of the batch)")
     assert sample_sizes[1] == ("linupper", [[step, 0.9] for step in steps])
     shares = page.lines("wikipedia")[-1]
@@ -341,7 +341,7 @@ def test_a_diverged_run_is_drawn_where_it_is_finite(tmp_path):
     add_lines(run, {**record, "step": 10, "mean_loss": math.nan})
     add_lines(run, {**record, "step": 11, "mean_loss": 1.0})
     lines = report(tmp_path / "r.html", run).lines("mean of the domains")
-    assert lines == [("uniform", [[0, 700], [5, 700], [9, 700], [11, 1]])]
+    assert lines == [("uniform", [[5, 700], [9, 700], [11, 1]])]
 
 
 def test_long_runs_are_thinned(runs, tmp_path):

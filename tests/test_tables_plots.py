@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from corpus.manifest import DOMAINS
 from eval.compare import estimate, minutes_to, speedup, steps_to
-from eval.runs import run_names
+from eval.plots import loss_charts, training_charts
+from eval.runs import columns_of, read_runs, run_names
 
 CONFIG = {
     "model": "tiny",
@@ -606,17 +607,38 @@ def plot(runs, to) -> list[Path]:
 def test_plots(runs, tmp_path):
     with_kinds = make_run(tmp_path / "k", [1.0] * 7, kinds=True, reweight="upper")
     written = plot([*runs, with_kinds], tmp_path / "figures")
+    figures = (
+        "weights",
+        "loss_curves",
+        "weight_by_domain",
+        "weight_by_kind",
+        "effective_sample_size",
+        "domain_perplexity",
+    )
     assert [path.name for path in written] == [
-        "weights.png",
-        "loss_curves.png",
-        "weight_by_domain.png",
-        "weight_by_kind.png",
-        "effective_sample_size.png",
-        "domain_perplexity.png",
+        f"{f}.{end}" for f in figures for end in ("png", "pdf")
     ]
     for path in written:
         content = path.read_bytes()
-        assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 5000
+        begin = b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"%PDF-"
+        assert content.startswith(begin) and len(content) > 5000
+
+
+def test_loss_curves_begin_after_the_warm_up(tmp_path):
+    """Evaluations are at steps 0, 5 and 9."""
+    for warmup_steps, steps in ((0, [5, 9]), (3, [5, 9]), (6, [0, 5, 9])):
+        out = tmp_path / str(warmup_steps)
+        run = make_run(out, [1.0] * 7, warmup_steps=warmup_steps)
+        columns = columns_of({run: run.settings for run in read_runs([run])})
+        charts = loss_charts(columns)
+        assert len(charts) == 8
+        assert all(chart.lines[0].x.tolist() == steps for chart in charts)
+
+
+def test_charts_without_a_line_are_left_out(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "a", [1.0] * 7)])
+    titles = [chart.title for chart in training_charts(columns_of({run: run.settings}))]
+    assert titles == ["effective sample size (share of the batch)"]
 
 
 def test_runs_without_kinds_have_no_plot_of_them(runs, tmp_path, monkeypatch):
