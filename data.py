@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cli import UserError
 from corpus.manifest import in_order, kinds_path, read_manifest
+from reweight import shuffled_order
 
 # name -> probability of each domain, on any scale; a domain left out is not trained on. The first
 # two depend on the data: each domain as often as any other, or in proportion to training tokens.
@@ -63,6 +64,7 @@ class Split:
     def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
         self.block_size = block_size
         self.n_vocab = manifest["tokenizer"]["n_vocab"]
+        self.tokenizer_sha256 = manifest["tokenizer"]["sha256"]
         self.eot_token = manifest["tokenizer"]["eot_token"]  # the last token of each document
         self.held_out = manifest["source"].get("holdout", [])  # domains with validation text only
         shards = {
@@ -360,8 +362,7 @@ def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
     few windows it reaches only some, so there is a table for n < 17.
     """
     if n < 17:
-        words = np.random.SeedSequence(key).generate_state(n, np.uint64)
-        return np.argsort(words, kind="stable")[index]
+        return shuffled_order(n, *key)[index]
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     round_keys = np.random.SeedSequence(key).generate_state(4, np.uint64)

@@ -45,6 +45,8 @@ class TrainConfig:
     delta: float = 1.0  # normalized losses lie in [-delta, delta]
     reweight_norm: Literal[tuple(NORMS)] = "minmax"  # what a loss is compared with (reweight.py)
     max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
+    reweight_unit: Literal["token", "byte"] = "token"  # losses are compared per token or byte
+    reweight_control: Literal["none", "shuffled"] = "none"  # shuffled: weights go to other samples
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
 
@@ -289,6 +291,8 @@ def with_added_keys(saved: dict) -> dict:
         "n_head": 0,
         "n_embd": 0,
         "data_order": "shuffled",
+        "reweight_unit": "token",
+        "reweight_control": "none",
         "mixture probabilities": None,
     }
     mixture = saved.get("mixture")

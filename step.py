@@ -5,6 +5,7 @@ G is the global batch and W the number of ranks.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from data import Batch
 from model import GPT
 from recipe import TrainConfig, lr_at, r_at
-from reweight import domain_means, sample_weights, track_domain_losses
+from reweight import domain_means, sample_weights, shuffled_order, track_domain_losses
 from runtime import distributed
 from runtime.telemetry import StepResult
 
@@ -21,15 +22,40 @@ SPIKE = 10.0  # report gradient norms above this multiple of the median
 UNFILLED = torch.finfo(torch.float32).max  # a slot of Guard.norms that is not used yet
 
 
+class View(NamedTuple):
+    """What the weights see of the losses of this rank's samples: scale * loss - offset."""
+
+    scale: Tensor | None = None  # (n,); None: 1
+    offset: Tensor | None = None  # (n,); None: 0
+
+    def of(self, losses: Tensor, first: int = 0) -> Tensor:
+        """(m,) losses of the samples from `first` on -> (m,)."""
+        rows = slice(first, first + len(losses))
+        if self.scale is not None:
+            losses = losses * self.scale[rows]
+        if self.offset is not None:
+            losses = losses - self.offset[rows]
+        return losses
+
+
 class Trainer:
     """Owns what a step changes: model, optimizer, running domain losses and recent gradient norms.
 
     raw: the model itself; `model` is the same one, wrapped for several ranks.
+    byte_lengths: (V,) bytes of each token, for reweight_unit = "byte".
     domain_losses: (2, D), for reweight_norm = "domain".
     """
 
-    def __init__(self, raw: GPT, config: TrainConfig, n_domains: int, device: torch.device):
+    def __init__(
+        self,
+        raw: GPT,
+        config: TrainConfig,
+        n_domains: int,
+        device: torch.device,
+        byte_lengths: Tensor | None = None,
+    ):
         self.config, self.device = config, device
+        self.byte_lengths = None if byte_lengths is None else byte_lengths.to(device)
         self.raw = raw.to(device)
         self.raw.loss_chunk, self.raw.recompute = config.loss_chunk, config.recompute
         if config.compile != "off":
@@ -55,12 +81,12 @@ class Trainer:
         """
         x = batch.x.to(self.device, non_blocking=True)  # (n, T)
         y = batch.y.to(self.device, non_blocking=True)  # (n, T)
-        expected = None
+        view = View(self.tokens_per_byte(y))
         if self.config.reweight_norm == "domain":
             domain = batch.domain.to(self.device, non_blocking=True)  # (G,)
-            expected = self.expected_losses(domain, len(x))
+            view = view._replace(offset=self.expected_losses(domain, len(x)))
         limits = self.guard.limits(step)
-        losses, weights = self.backward(step, x, y, expected)
+        losses, weights = self.backward(step, x, y, view)
 
         clip = self.config.grad_clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
@@ -76,23 +102,25 @@ class Trainer:
 
         self.guard.add(step, grad_norm, taken)
         if self.config.reweight_norm == "domain":
-            losses_of_all = distributed.gather(losses)  # (G,)
+            losses_of_all = distributed.gather(View(view.scale).of(losses))  # (G,)
             updated = track_domain_losses(self.domain_losses, losses_of_all, domain)
             self.domain_losses = torch.where(taken, updated, self.domain_losses)
         return StepResult(losses, weights, grad_norm, limits, taken)
+
+    def tokens_per_byte(self, y: Tensor) -> Tensor | None:
+        """(n, T) targets -> (n,) tokens per byte of text, or None with reweight_unit = "token"."""
+        if self.config.reweight_unit == "token":
+            return None
+        n_bytes = self.byte_lengths[y].sum(1)
+        return y.size(1) / n_bytes.clamp(min=1)
 
     def expected_losses(self, domain: Tensor, n: int) -> Tensor:
         """(G,) domains -> (n,) running mean loss of the domain of each sample of this rank."""
         first = distributed.ranks().rank * n
         return domain_means(self.domain_losses)[domain[first : first + n]]
 
-    def backward(
-        self, step: int, x: Tensor, y: Tensor, expected: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of sum_i w_i l_i over the global batch -> (n,) losses and (n,) weights.
-
-        expected: (n,) losses that are subtracted from the samples' own before they are weighted.
-        """
+    def backward(self, step: int, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Gradients of sum_i w_i l_i over the global batch -> (n,) losses and (n,) weights."""
         config, world_size = self.config, distributed.ranks().world_size
         n, B = len(x), config.micro_batch_size
         starts = range(0, n, B)  # of the micro-batches
@@ -105,7 +133,7 @@ class Trainer:
             # A pass of its own: the weights need all G losses before the first backward.
             with torch.no_grad():
                 losses = torch.cat([self.sample_losses(step, x, y, i) for i in starts])
-            weights = self.own_weights(step, strategy, losses, expected)
+            weights = self.own_weights(step, strategy, view.of(losses))
 
         results = []
         for i in starts:
@@ -114,8 +142,7 @@ class Trainer:
                 if weights is not None:
                     w = weights[i : i + B]
                 else:
-                    expected_here = None if expected is None else expected[i : i + B]
-                    w = self.own_weights(step, strategy, losses.detach(), expected_here)
+                    w = self.own_weights(step, strategy, view.of(losses.detach(), i), i)
                     w = w / len(starts)
                 # 0 * loss is NaN for a loss that is not finite, so that the gradient's average is
                 # NaN on every rank. This is the one place for the factor W: gradients are averaged
@@ -139,13 +166,12 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return self.model(x[rows], y[rows]).mean(1)
 
-    def own_weights(
-        self, step: int, strategy: str, losses: Tensor, expected: Tensor | None
-    ) -> Tensor:
-        """(m,) losses of this rank -> (m,) weights among the losses of all ranks."""
+    def own_weights(self, step: int, strategy: str, losses: Tensor, first: int = 0) -> Tensor:
+        """(m,) what the weights see of this rank's losses -> (m,) weights among those of all ranks.
+
+        first: the first sample of the micro-batch, if the weights are those of a micro-step.
+        """
         config, rank, m = self.config, distributed.ranks().rank, len(losses)
-        if expected is not None:
-            losses = losses - expected
         weights = sample_weights(
             distributed.gather(losses),
             strategy,
@@ -154,6 +180,10 @@ class Trainer:
             config.reweight_norm,
             config.max_weight,
         )
+        if config.reweight_control == "shuffled":
+            # The same weights on other samples: all that they do, but for their direction.
+            order = torch.from_numpy(shuffled_order(len(weights), config.seed, step, first))
+            weights = weights[order.to(self.device, non_blocking=True)]
         return weights[rank * m : (rank + 1) * m]
 
     def state_dict(self) -> tuple[tuple[dict, dict], dict]:

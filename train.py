@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 import torch
 
 from cli import parse, run
+from corpus import tokenizer
 from data import RunData, batches, open_data
 from eval.perplexity import evaluate
 from model import GPTConfig
@@ -85,7 +86,10 @@ def train(run: Run) -> None:
     """All steps of a run; one more round evaluates and saves after the last step."""
     config, data, found, shape = run.config, run.data, run.found, run.shape
     raw = init_from.initial_model(config, shape, found.folder)
-    trainer = Trainer(raw, config, len(data.train.domains), run.device)
+    byte_lengths = None
+    if config.reweight_unit == "byte":
+        byte_lengths = torch.from_numpy(tokenizer.byte_lengths(data.train.tokenizer_sha256))
+    trainer = Trainer(raw, config, len(data.train.domains), run.device, byte_lengths)
     if found.folder:
         trainer.load_state(checkpoint.read_tensors(found.folder, shape), found.state)
         data.sampler.load_state(found.state.get("sampler"))

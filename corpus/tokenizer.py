@@ -80,6 +80,14 @@ def find(sha256: str | None) -> Tokenizer:
     )
 
 
+def byte_lengths(sha256: str) -> np.ndarray:
+    """(n_vocab,) bytes of text of each id; 0 for end-of-text. UserError as in `find`."""
+    tokens = find(sha256)
+    lengths = np.array([len(tokens.token_bytes(i)) for i in range(tokens.n_vocab)])
+    lengths[tokens.eot_token] = 0
+    return lengths
+
+
 def hash_tokens(tokens: Iterable[bytes]) -> str:
     lines = b"\n".join(token.hex().encode() for token in tokens)
     return hashlib.sha256(lines).hexdigest()

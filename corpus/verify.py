@@ -23,8 +23,7 @@ def verify(folder: Path, workers: int) -> None:
     tokenizer = tokenizers.load(manifest["tokenizer"]["name"])
     if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
         raise UserError(f"{folder} was made with another version of tokenizer {tokenizer.name!r}")
-    token_bytes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)])
-    token_bytes[tokenizer.eot_token] = 0
+    token_bytes = tokenizers.byte_lengths(tokenizer.sha256)
     shards = list(all_shards(domains))
     size = sum(shard["file_bytes"] for shard in shards)
     check = partial(verify_shard, folder, tokenizer.eot_token, token_bytes)

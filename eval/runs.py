@@ -48,6 +48,8 @@ NOT_OF_UNIFORM = {
     "reweight_norm",
     "max_weight",
     "reweight_scope",
+    "reweight_unit",
+    "reweight_control",
     "reweight_warmup_steps",
 }
 MISSING = "missing"

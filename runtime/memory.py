@@ -219,6 +219,10 @@ def describe_weights(config: TrainConfig, A: int) -> str:
     parts = [config.reweight, r, f"delta {config.delta}", config.reweight_norm, uniform_steps]
     parts.append(f"at most {config.max_weight} / G" if config.max_weight else "no cap")
     parts.append(f"over each {config.reweight_scope} batch")
+    if config.reweight_unit == "byte":
+        parts.append("losses per byte")
+    if config.reweight_control == "shuffled":
+        parts.append("shuffled over the samples, as a control")
     if A > 1 and config.reweight_scope == "global":
         parts.append("with a first pass for the losses (about a third more compute)")
     return ", ".join(parts)

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from recipe import TrainConfig, settle
 from reweight import STRATEGIES
 from runtime import distributed
-from step import Trainer
+from step import Trainer, View
 
 G, T, V = 16, 24, 64
 STEPS, BATCHES = 4, 2  # of a training; each batch comes twice, so that its loss can fall
@@ -53,6 +53,11 @@ ROBUST = {
 }
 VARIANTS = {name: {"reweight": name} for name in STRATEGIES}
 VARIANTS["robust"] = ROBUST
+VARIANTS["other"] = {
+    "reweight": "linupper",
+    "reweight_unit": "byte",
+    "reweight_control": "shuffled",
+}
 # Dropout and the ways of saving memory do not depend on the strategy, so three are enough.
 FEW_VARIANTS = ("uniform", "linupper", "robust")
 WAYS = {
@@ -60,6 +65,9 @@ WAYS = {
     "full": {"recompute": "full"},
     "selective, loss_chunk": {"recompute": "selective", "loss_chunk": 40},
 }
+
+
+BYTE_LENGTHS = torch.arange(V) % 7  # of the tokens
 
 
 class Recorder(torch.optim.SGD):
@@ -122,11 +130,10 @@ def one_step(trainer: Trainer, variant: str) -> dict:
     trainer.config = replace(trainer.config, grad_clip=0.0, **VARIANTS[variant])
     trainer.optimizer = Recorder(trainer.model.parameters(), lr=1.0)
     batch = batch_of(0)
-    expected = None
-    if variant == "robust":
-        expected = trainer.expected_losses(batch.domain, len(batch.x))
     backward = trainer.backward
-    trainer.backward = lambda step, x, y, _: backward(step, x, y, expected)
+    if variant == "robust":
+        view = View(offset=trainer.expected_losses(batch.domain, len(batch.x)))
+        trainer.backward = lambda step, x, y, _: backward(step, x, y, view)
     result = trainer.step(3, batch)
     trainer.backward = backward
     return {
@@ -150,7 +157,7 @@ def one_step_of_each(variants, dropout: float, B: int, parallel: str, **settings
 
 def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
     config = config_of(B, parallel=parallel, **settings)
-    trainer = Trainer(small_model(dropout), config, 3, torch.device("cpu"))
+    trainer = Trainer(small_model(dropout), config, 3, torch.device("cpu"), BYTE_LENGTHS)
     # Means of 0, 0.5 and 1 for the three domains: expected_losses() for their samples.
     trainer.domain_losses = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
     return trainer

@@ -6,12 +6,14 @@ import torch
 from conftest import command, expect_ok, write_shards
 from layout_worker import (
     BATCHES,
+    BYTE_LENGTHS,
     FEW_VARIANTS,
     LAYOUTS,
     MICRO_LAYOUTS,
     VARIANTS,
     WAYS,
     G,
+    T,
     expected_losses,
     global_batch,
     small_model,
@@ -20,6 +22,7 @@ from test_reweight import FORMULAS, reference
 
 import data
 from corpus.manifest import DOMAINS
+from reweight import shuffled_order
 
 layouts = pytest.mark.parametrize("W, parallel, B", LAYOUTS)
 
@@ -104,6 +107,10 @@ def test_a_step_in_bfloat16_is_near_the_one_in_float32(results, one, W, parallel
 
 def reference_weights(losses, variant):
     """Float64 weights of a variant at step 3 of tests/layout_worker.py."""
+    if variant == "other":
+        n_bytes = BYTE_LENGTHS[global_batch()[:, 1:]].sum(1).numpy()
+        weights = reference(losses * T / n_bytes, "linupper", r=0.4)
+        return weights[shuffled_order(G, 42, 3, 0)]
     if variant != "robust":
         return reference(losses, variant, r=0.4)
     losses = losses - expected_losses().numpy()
@@ -111,7 +118,7 @@ def reference_weights(losses, variant):
     return reference(clipped, "linupper", r=2.0 - 1.6 * 0.3, cap=1.2)
 
 
-@pytest.mark.parametrize("variant", [*FORMULAS, "robust"])
+@pytest.mark.parametrize("variant", [*FORMULAS, "robust", "other"])
 def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
     model, rows = small_model(0.0).double(), global_batch()
     logits = model(rows[:, :-1]).transpose(1, 2)

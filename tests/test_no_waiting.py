@@ -53,7 +53,8 @@ def one_step(tmp_path, **settings) -> Telemetry:
         **settings,
     )
     shape = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=64, dropout=0.1)
-    trainer = Trainer(GPT(shape), settle(config, 1), len(DOMAINS), torch.device("cpu"))
+    device = torch.device("cpu")
+    trainer = Trainer(GPT(shape), settle(config, 1), len(DOMAINS), device, torch.ones(64))
     tokens = torch.zeros(G, T, dtype=torch.long)
     batch = Batch(tokens, tokens, torch.zeros(G, dtype=torch.long), PAIRS)
     telemetry = Telemetry(SimpleNamespace(domains=DOMAINS, kinds=()), tmp_path, 0, 0)
@@ -70,6 +71,7 @@ CASES = [
         for scope in ("global", "micro")
     ),
     {**WEIGHTED, "max_weight": 1.5, "r_start": 2.0, "r_steps": 9},
+    {**WEIGHTED, "reweight_unit": "byte", "reweight_control": "shuffled"},
     {"grad_clip": 0.0},
     {"dtype": "bfloat16"},
 ]

@@ -16,18 +16,22 @@ from reweight import (
     domain_means,
     normalize_losses,
     sample_weights,
+    shuffled_order,
     track_domain_losses,
 )
 
 STRATEGY_NAMES = list(STRATEGIES)
 # Written again from the paper's table, without the code under test. A new strategy is compared
 # once it is here.
-FORMULAS = {
+FORMULAS = {  # top: the 90 % quantile of the h of the batch
     "uniform": None,
-    "linupper": lambda h, delta: min(h + delta, delta),
-    "quadratic": lambda h, delta: 1 - h**2 / delta**2,
-    "extremes": lambda h, delta: abs(h),
-    "upper": lambda h, delta: (h + delta) / 2,
+    "linupper": lambda h, delta, top: min(h + delta, delta),
+    "quadratic": lambda h, delta, top: 1 - h**2 / delta**2,
+    "extremes": lambda h, delta, top: abs(h),
+    "upper": lambda h, delta, top: (h + delta) / 2,
+    "band": lambda h, delta, top: (
+        min(h + delta, delta) * (1 - max(h - top, 0) / max(delta - top, 1e-6))
+    ),
 }
 SIZES = (1, 2, 3, 7, 32, 48, 512, 4096)
 
@@ -44,10 +48,9 @@ def reference(
         return np.full(len(losses), 1 / len(losses))
     losses = losses.astype(np.float64)
     low, high = losses.min(), losses.max()
-    f = []
-    for loss in losses:
-        h = delta * (2 * loss - high - low) / max(high - low, 1e-6)
-        f.append(FORMULAS[strategy](h, delta))
+    h = delta * (2 * losses - high - low) / max(high - low, 1e-6)
+    top = np.quantile(h, 0.9)
+    f = [FORMULAS[strategy](value, delta, top) for value in h]
     e = np.exp((np.array(f) - max(f)) / r)
     w, limit = e / e.sum(), cap / len(losses) if cap else 1.0
     capped = np.zeros(len(w), dtype=bool)
@@ -92,6 +95,7 @@ def test_weights_equal_the_formulas_in_float64(strategy, n):
         ("quadratic", [1, math.e, 1]),
         ("extremes", [math.e, 1, math.e]),
         ("upper", [1, math.exp(0.5), math.e]),
+        ("band", [1, math.e, 1]),
     ],
 )
 def test_worked_by_hand(strategy, expected):
@@ -99,6 +103,23 @@ def test_worked_by_hand(strategy, expected):
     torch.testing.assert_close(
         sample_weights(torch.tensor([1.0, 2.0, 3.0]), strategy, r=1.0), expected
     )
+
+
+def test_band_is_linupper_below_the_highest_tenth():
+    losses = torch.linspace(0, 1, 41)
+    band, linupper = (sample_weights(losses, name, 0.4) for name in ("band", "linupper"))
+    below = losses <= 0.9
+    ratio = band[below] / linupper[below]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0].item()))
+    assert (band[~below].diff() < 0).all()
+    assert band[-1].item() == pytest.approx(band[0].item())  # f is 0 at both ends
+
+
+def test_a_shuffled_order_is_stable_and_is_one():
+    """A golden value: the control of a run must not change with the version of NumPy."""
+    assert shuffled_order(6, 42, 3, 0).tolist() == [1, 3, 2, 4, 5, 0]
+    orders = {tuple(shuffled_order(5, 42, step, 0)) for step in range(50)}
+    assert len(orders) > 30 and all(sorted(order) == list(range(5)) for order in orders)
 
 
 def test_delta_bounds_the_normalised_losses():
