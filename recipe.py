@@ -46,6 +46,7 @@ class TrainConfig:
     reweight_norm: Literal[tuple(NORMS)] = "minmax"  # what a loss is compared with (reweight.py)
     max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
     reweight_unit: Literal["token", "byte"] = "token"  # losses are compared per token or byte
+    reweight_ref: str = ""  # subtract a reference's losses: a run folder, or eval/score_windows.py
     reweight_control: Literal["none", "shuffled"] = "none"  # shuffled: weights go to other samples
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
@@ -134,8 +135,9 @@ EXECUTION_KEYS = {
     "allow_data_change",
     "timeout_s",
 }
-# A resumed run may also be longer, and its data folder may have moved: the data's hash is compared.
-MAY_CHANGE = EXECUTION_KEYS | {"max_steps", "data_dir"}
+# A resumed run may also be longer, and its data folder and reference may have moved: hashes of
+# their contents are compared.
+MAY_CHANGE = EXECUTION_KEYS | {"max_steps", "data_dir", "reweight_ref"}
 
 
 def check_range(name: str, value: float) -> None:
@@ -266,8 +268,13 @@ def settle_micro_batch(config: TrainConfig, world_size: int) -> int:
     )
 
 
-def identity(config: TrainConfig, manifest: dict, world_size: int) -> dict:
-    """What must stay the same for a run to continue: settings, data, samples weighted together."""
+def identity(
+    config: TrainConfig, manifest: dict, world_size: int, reference: str | None = None
+) -> dict:
+    """What must stay the same for a run to continue: settings, data, samples weighted together.
+
+    reference: sha256 of the reference model.
+    """
     settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     weighted_together = 0  # with scope "global" the layout does not matter
     if config.reweight_scope == "micro":
@@ -277,6 +284,7 @@ def identity(config: TrainConfig, manifest: dict, world_size: int) -> dict:
         "mixture probabilities": probabilities(config.mixture),
         "tokenizer": manifest["tokenizer"]["sha256"][:16],
         "data": data_hash(manifest),
+        "reference": reference,
         "samples weighted together": weighted_together,
     }
 
@@ -293,6 +301,7 @@ def with_added_keys(saved: dict) -> dict:
         "data_order": "shuffled",
         "reweight_unit": "token",
         "reweight_control": "none",
+        "reference": None,
         "mixture probabilities": None,
     }
     mixture = saved.get("mixture")

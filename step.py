@@ -5,6 +5,7 @@ G is the global batch and W the number of ranks.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,12 +38,19 @@ class View(NamedTuple):
             losses = losses - self.offset[rows]
         return losses
 
+    def minus(self, offset: Tensor) -> "View":
+        """With this (n,) offset as well."""
+        if self.offset is not None:
+            offset = self.offset + offset
+        return self._replace(offset=offset)
+
 
 class Trainer:
     """Owns what a step changes: model, optimizer, running domain losses and recent gradient norms.
 
     raw: the model itself; `model` is the same one, wrapped for several ranks.
     byte_lengths: (V,) bytes of each token, for reweight_unit = "byte".
+    reference: gives the (n,) losses of a reference model on a batch, for reweight_ref.
     domain_losses: (2, D), for reweight_norm = "domain".
     """
 
@@ -53,8 +61,9 @@ class Trainer:
         n_domains: int,
         device: torch.device,
         byte_lengths: Tensor | None = None,
+        reference: Callable[[Batch, Tensor, Tensor], Tensor] | None = None,
     ):
-        self.config, self.device = config, device
+        self.config, self.device, self.reference = config, device, reference
         self.byte_lengths = None if byte_lengths is None else byte_lengths.to(device)
         self.raw = raw.to(device)
         self.raw.loss_chunk, self.raw.recompute = config.loss_chunk, config.recompute
@@ -81,10 +90,10 @@ class Trainer:
         """
         x = batch.x.to(self.device, non_blocking=True)  # (n, T)
         y = batch.y.to(self.device, non_blocking=True)  # (n, T)
-        view = View(self.tokens_per_byte(y))
+        view = own_view = self.view(batch, x, y)
         if self.config.reweight_norm == "domain":
             domain = batch.domain.to(self.device, non_blocking=True)  # (G,)
-            view = view._replace(offset=self.expected_losses(domain, len(x)))
+            view = view.minus(self.expected_losses(domain, len(x)))
         limits = self.guard.limits(step)
         losses, weights = self.backward(step, x, y, view)
 
@@ -102,17 +111,21 @@ class Trainer:
 
         self.guard.add(step, grad_norm, taken)
         if self.config.reweight_norm == "domain":
-            losses_of_all = distributed.gather(View(view.scale).of(losses))  # (G,)
+            losses_of_all = distributed.gather(own_view.of(losses))  # (G,)
             updated = track_domain_losses(self.domain_losses, losses_of_all, domain)
             self.domain_losses = torch.where(taken, updated, self.domain_losses)
         return StepResult(losses, weights, grad_norm, limits, taken)
 
-    def tokens_per_byte(self, y: Tensor) -> Tensor | None:
-        """(n, T) targets -> (n,) tokens per byte of text, or None with reweight_unit = "token"."""
-        if self.config.reweight_unit == "token":
-            return None
-        n_bytes = self.byte_lengths[y].sum(1)
-        return y.size(1) / n_bytes.clamp(min=1)
+    def view(self, batch: Batch, x: Tensor, y: Tensor) -> View:
+        """What the weights see of this batch's losses: their unit, and the reference's losses."""
+        scale = None
+        if self.config.reweight_unit == "byte":
+            n_bytes = self.byte_lengths[y].sum(1)
+            scale = y.size(1) / n_bytes.clamp(min=1)  # tokens per byte
+        view = View(scale)
+        if self.reference:
+            view = view.minus(view.of(self.reference(batch, x, y)))
+        return view
 
     def expected_losses(self, domain: Tensor, n: int) -> Tensor:
         """(G,) domains -> (n,) running mean loss of the domain of each sample of this rank."""

@@ -17,14 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 import torch
 
 from cli import parse, run
-from corpus import tokenizer
-from data import RunData, batches, open_data
+from data import batches
 from eval.perplexity import evaluate
-from model import GPTConfig
-from recipe import TrainConfig, identity, settle
-from runtime import checkpoint, distributed, doctor, init_from
+from recipe import TrainConfig, settle
+from runtime import checkpoint, distributed, doctor, init_from, reference
 from runtime.distributed import print0
-from runtime.memory import describe, settle_loss_chunk
+from runtime.plan import make_plan, open_data
 from runtime.run import FolderLock, Run
 from runtime.telemetry import Telemetry
 from runtime.watch import COMPUTING, EVALUATING, READING
@@ -37,59 +35,30 @@ def main() -> None:
     if config.doctor:
         return doctor.examine(config)
     config = settle(config, distributed.ranks().world_size)
-    data = open_data(
-        config.data_dir,
-        config.block_size,
-        config.mixture,
-        config.global_batch_size,
-        config.seed,
-        config.eval_windows,
-        config.data_order,
-    )
+    data = open_data(config)
     if config.dry_run:
         if distributed.ranks().rank == 0:
-            plan(config, data)
+            make_plan(config, data)
         return
     device = distributed.setup(config.device, config.timeout_s)
     with FolderLock(config.out_dir) as lock:
-        config, shape, run_identity, found = plan(config, data)
-        if checkpoint.already_finished(found, config):
+        plan = make_plan(config, data)
+        if checkpoint.already_finished(plan.found, plan.config):
             distributed.cleanup()
             return
         torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
         torch.manual_seed(config.seed)
-        with Run(config, shape, data, run_identity, found, device, lock) as training:
+        with Run(plan, device, lock) as training:
             train(training)
     print0(training.outcome())
-
-
-def plan(
-    config: TrainConfig, data: RunData
-) -> tuple[TrainConfig, GPTConfig, dict, checkpoint.Found]:
-    """Settled config, model shape, the run's identity and where it continues; prints the plan."""
-    world_size = distributed.ranks().world_size
-    run_identity = identity(config, data.manifest, world_size)
-    found = checkpoint.find_resumable(
-        config.out_dir,
-        run_identity,
-        config.resume,
-        config.max_steps,
-        accept=["data"] if config.allow_data_change else [],
-    )
-    shape = init_from.starting_shape(config, data.manifest, found.folder)
-    config = settle_loss_chunk(config, shape, world_size)
-    print0(describe(config, shape, data, world_size))
-    return config, shape, run_identity, found
 
 
 def train(run: Run) -> None:
     """All steps of a run; one more round evaluates and saves after the last step."""
     config, data, found, shape = run.config, run.data, run.found, run.shape
     raw = init_from.initial_model(config, shape, found.folder)
-    byte_lengths = None
-    if config.reweight_unit == "byte":
-        byte_lengths = torch.from_numpy(tokenizer.byte_lengths(data.train.tokenizer_sha256))
-    trainer = Trainer(raw, config, len(data.train.domains), run.device, byte_lengths)
+    seen = reference.what_weights_see(config, data, run.device)
+    trainer = Trainer(raw, config, len(data.train.domains), run.device, *seen)
     if found.folder:
         trainer.load_state(checkpoint.read_tensors(found.folder, shape), found.state)
         data.sampler.load_state(found.state.get("sampler"))

@@ -36,10 +36,17 @@ NOT_IN_NAMES = EXECUTION_KEYS | {
 }
 # Keys of a run's identity that config.json has nowhere else. They tell runs apart, in place of
 # data_dir: a folder may move, and what it holds may change.
-OF_IDENTITY = ("data", "tokenizer", "mixture probabilities", "samples weighted together")
+OF_IDENTITY = (
+    "data",
+    "tokenizer",
+    "mixture probabilities",
+    "samples weighted together",
+    "reference",
+)
 # Keys that have no effect on a uniform run.
 NOT_OF_UNIFORM = {
     "samples weighted together",
+    "reference",
     "r",
     "r_start",
     "r_steps",
@@ -77,7 +84,8 @@ class RunFolder:
         if not identity:
             return self.config
         identity = with_added_keys(identity)
-        settings = {key: value for key, value in self.config.items() if key != "data_dir"}
+        paths = ("data_dir", "reweight_ref")
+        settings = {key: value for key, value in self.config.items() if key not in paths}
         return settings | {key: identity[key] for key in OF_IDENTITY if key in identity}
 
     @property

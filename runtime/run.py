@@ -21,11 +21,10 @@ import torch
 
 import files
 from cli import UserError
-from data import RunData
-from model import GPTConfig
-from recipe import TrainConfig, lr_at, r_at
+from recipe import lr_at, r_at
 from runtime import checkpoint, distributed
 from runtime.metrics import Metrics, cannot_write, versions
+from runtime.plan import Plan
 from runtime.telemetry import Telemetry
 from runtime.watch import FAILED, Stop, Watchdog, command
 
@@ -96,25 +95,16 @@ class FolderLock:
 class Run:
     """A context manager. After an exception it closes nothing: a failing rank must not wait.
 
-    identity: what must stay the same for the run to be resumed (recipe.identity).
+    step: at which it ends.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        shape: GPTConfig,
-        data: RunData,
-        identity: dict,
-        found: checkpoint.Found,
-        device: torch.device,
-        lock: FolderLock,
-    ):
-        self.config, self.shape, self.data = config, shape, data
-        self.identity, self.found, self.device = identity, found, device
-        self.lock, self.out_dir = lock, Path(config.out_dir)
-        self.step, self.finished = found.step, False
+    def __init__(self, plan: Plan, device: torch.device, lock: FolderLock):
+        self.config, self.data, self.shape, self.identity, self.found = plan
+        self.device, self.lock = device, lock
+        self.out_dir = Path(self.config.out_dir)
+        self.step, self.finished = self.found.step, False
         self.metrics = self.writer = None  # of rank 0 alone
-        self.logged_step, self.logged_time = found.step, time.perf_counter()
+        self.logged_step, self.logged_time = self.found.step, time.perf_counter()
 
     def __enter__(self) -> "Run":
         if self.lock.refusal:
