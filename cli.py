@@ -254,6 +254,29 @@ def one_line(error: Exception) -> str | None:
     return f"{where}{error.strerror}; {REMEDIES[error.errno]}"
 
 
+class Progress(tqdm):
+    """tqdm's bar on a terminal; in a log file a line every LINE_S seconds, no carriage returns."""
+
+    LINE_S = 10.0
+
+    def __init__(self, *args, **options):
+        if not sys.stderr or not sys.stderr.isatty():
+            options["mininterval"] = options["maxinterval"] = self.LINE_S
+        super().__init__(*args, **options)
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """What tqdm prints its bar with."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+
+        def print_line(text: str) -> None:
+            if text.strip():
+                print(text.strip(), file=file, flush=True)
+
+        return print_line
+
+
 def print_error(line: str) -> None:
     """A line of its own on standard error, even while a progress bar is drawn."""
     try:

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,15 +39,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 
 import files
-from cli import Parser, UserError, nearest, run
+from cli import Parser, Progress, UserError, nearest, run
 from corpus import documents as sources
 from corpus import sample as sample_corpus
 from corpus import tokenizer as tokenizers
 from corpus import units
-from corpus.documents import SUFFIXES, Segment
+from corpus.documents import Segment
+from corpus.inputs import SUFFIXES
 from corpus.manifest import DOMAINS, PREPARING, SCHEMA, all_shards, read_manifest
 from corpus.plan import (
     Plan,
@@ -58,6 +60,12 @@ from corpus.plan import (
     total_size,
 )
 from corpus.verify import table, verify
+
+# For estimates: so many segments are read, so much text of each, of which one byte in so many is
+# tokenized.
+SAMPLES = 32
+SAMPLE_BYTES = 8 << 20
+TOKENIZED = 32
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -111,8 +119,9 @@ def add_source_flags(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="with --source sample: of the corpus (default: 0)")
     add(
         "--split",
-        help="the source's names for our two splits "
-        "(default: train=train,val=validation; with --source hub: train=train,val=test)",
+        help="the source's names for our two splits (default: train=train,val=validation; with "
+        "--source hub: train=train,val=test); where it has no validation, train=train,val=hash "
+        f"holds out one training document in {sources.HELD_OUT}, by a hash of its text",
     )
     add(
         "--schema",
@@ -281,39 +290,56 @@ def estimate(
 ) -> tuple[float, float, float]:
     """(bytes of text and tokens per byte on disk, bytes of text per second and core).
 
-    From the beginnings of 8 segments.
+    From the beginnings of some segments, each of which stands for those up to the next one: text
+    of one domain may be compressed three times as far as that of another.
     """
-    disk = text_bytes = 0
-    texts = []
-    for segment in segments[:: math.ceil(len(segments) / 8)]:
-        n_read, n_bytes, beginnings = read_beginning(settings, segment)
-        disk += n_read
-        text_bytes += n_bytes
-        texts += beginnings
-    start = time.perf_counter()
-    tokens = sum(len(tokenizer.encode_to_numpy(text)) + 1 for text in texts)
-    seconds = time.perf_counter() - start
-    encoded = sum(len(text.encode()) for text in texts)
-    text_rate = text_bytes / max(disk, 1)
-    return text_rate, text_rate * tokens / max(encoded, 1), encoded / max(seconds, 1e-9)
+    size = total_size(segments)
+    text = tokens = seconds = 0.0
+    encoded = 0
+    step = math.ceil(len(segments) / SAMPLES)
+    for first in range(0, len(segments), step):
+        stratum = total_size(segments[first : first + step])
+        sample = read_beginning(settings, segments[first])
+        start = time.perf_counter()
+        n_tokens = sum(len(tokenizer.encode_to_numpy(beginning)) + 1 for beginning in sample.texts)
+        seconds += time.perf_counter() - start
+        n_bytes = sum(len(beginning.encode()) for beginning in sample.texts)
+        stratum_text = stratum * sample.text / max(sample.disk, 1)
+        text += stratum_text
+        tokens += stratum_text * n_tokens / max(n_bytes, 1)
+        encoded += n_bytes
+    return text / size, tokens / size, encoded / max(seconds, 1e-9)
 
 
-def read_beginning(settings: dict, segment: Segment) -> tuple[int, int, list[str]]:
-    """(bytes read from disk, bytes of text in them, texts to try) for about 2 MB of text."""
+class Sample(NamedTuple):
+    """What was read of a segment for an estimate."""
+
+    disk: int  # bytes on disk
+    text: int  # bytes of text in them, of the domains that are prepared
+    texts: list[str]  # beginnings of documents, to be tokenized
+
+
+def read_beginning(settings: dict, segment: Segment) -> Sample:
+    """Up to SAMPLE_BYTES of a segment's text."""
     schema = sources.Schema(*settings["schema"])
-    n_bytes = 0
+    wanted = settings["domains"]
+    n_read = n_wanted = n_taken = 0
     texts = []
     for position, _, item in sources.read(settings, segment):
         try:
             document = sources.to_document(item, None, schema, {})
         except sources.BadRecord:
             continue
-        if n_bytes < 1 << 16:
-            texts.append(str(document.utf8[: 1 << 16], "utf-8", "ignore"))
-        n_bytes += len(document.utf8)
-        if n_bytes > 2 << 20:
-            return position, n_bytes, texts
-    return segment.size, n_bytes, texts
+        n_bytes = len(document.utf8)
+        n_read += n_bytes
+        if not wanted or document.domain in wanted:
+            n_wanted += n_bytes
+            if n_taken <= n_wanted // TOKENIZED:
+                texts.append(str(document.utf8[: 1 << 16], "utf-8", "ignore"))
+                n_taken += min(n_bytes, 1 << 16)
+        if n_read > SAMPLE_BYTES:
+            return Sample(position, n_wanted, texts)
+    return Sample(segment.size, n_wanted, texts)
 
 
 def free_space(out: Path) -> int:
@@ -429,8 +455,8 @@ def drop_duplicates(plan: Plan, own_units: range, crew: Crew) -> None:
     units.find_duplicates(plan, missing)
 
 
-def progress_bar(title: str, total: int, done: int = 0) -> tqdm:
-    return tqdm(total=total or None, initial=done, unit="B", unit_scale=True, desc=title)
+def progress_bar(title: str, total: int, done: int = 0) -> Progress:
+    return Progress(total=total or None, initial=done, unit="B", unit_scale=True, desc=title)
 
 
 def run_units(
@@ -438,7 +464,7 @@ def run_units(
     work: Callable[[Path, int], None],
     todo: list[int],
     crew: Crew,
-    bar: tqdm,
+    bar: Progress,
     rate: float = 0.0,
 ) -> None:
     """Call work(out, unit) for each unit in several processes; a worker's UserError stops all.
@@ -474,7 +500,7 @@ def start_pool(plan: Plan, n: int, lock_path: Path, shared: units.Shared) -> Exe
 
 
 def wait_for_units(
-    unit_of: dict[Future, int], shared: units.Shared, bar: tqdm, out: Path, rate: float
+    unit_of: dict[Future, int], shared: units.Shared, bar: Progress, out: Path, rate: float
 ) -> None:
     """Wait until all units are done, with the bar and the free disk space watched meanwhile."""
     start = disk_checked = time.monotonic()

@@ -6,7 +6,7 @@ all. Segments depend only on the inputs, so the token shards do not depend on wh
 what.
 """
 
-import glob
+import codecs
 import hashlib
 import io
 import json
@@ -23,11 +23,12 @@ import pyarrow.json
 import pyarrow.parquet
 
 from cli import UserError, nearest
+from corpus import inputs
 from corpus import sample as sample_corpus
+from corpus.inputs import SUFFIXES
 from corpus.manifest import DOMAINS, SET_NAMES, find_name_defect
 from corpus.tokenizer import replace_surrogates
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CODECS = {".zst": "zstd", ".gz": "gzip"}
 SPLIT_NAMES = {
     "train": "train",
@@ -37,12 +38,29 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-# Where no file name says the split, one document in 50 is for validation, by a hash of its text.
+# Where no file name says the split, or with --split train=NAME,val=hash, one document in 50 is for
+# validation, by a hash of its text.
 HELD_OUT = 50
+HASH = "hash"  # what --split has in place of the name of a split
+# What to do where the source has no split for validation
+SPLIT_HELP = (
+    "choose with --split train=NAME,val=NAME, or hold out one document in "
+    f"{HELD_OUT} of the training data by a hash of its text: --split train=NAME,val={HASH}"
+)
 # Bytes. A longer text stays UTF-8: as a str, a single emoji would make it four times as large.
 LARGE = 16 << 20
 Text = str | memoryview  # memoryview: the UTF-8 of a large document
-STRING_SCALARS = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
+# What a value is called in messages
+KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    bytes: "bytes",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Segment(NamedTuple):
@@ -103,46 +121,98 @@ def parse_schema(text: str | None) -> Schema:
 # Finding files
 
 
-def find_files(inputs: list[str]) -> list[tuple[Path, str | None]]:
+def find_files(given: list[str], schema: Schema | None = None) -> list[tuple[Path, str | None]]:
     """(file, split) for files, folders and glob patterns, in a fixed order.
 
-    The split is that in the file's name or in the name of a folder around it, else None.
+    The split is that in the file's name or in the name of a folder around it, else None. Prints
+    what is left out.
     """
-    # Each file once, however its path is written. Links are not followed: in the hub's cache, the
-    # names are links to files that are called by their hashes.
+    # Each file once, however its path is written. Links count by their own names: in the hub's
+    # cache, they lead to files that are called by their hashes.
     paths: dict[Path, Path] = {}  # absolute path -> path as given
     tops = []  # the given folders, and those of the given files
-    for item in inputs:
-        roots = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-        if not roots:
+    left_out: dict[str, list[Path]] = {}
+    for item in given:
+        roots = [Path(item)] if inputs.is_there(item) else inputs.expand(item)
+        if not roots or not item:
             raise UserError(f"--input {item}: no such file or folder")
-        for root in map(Path, roots):
-            root_paths = list_files(root)
-            if not root_paths and root == Path(item):
-                raise UserError(f"--input {item}: no {', '.join(SUFFIXES)} there")
-            for path in root_paths:
+        for root in roots:
+            listing = inputs.list_files(root)
+            if not listing.files and root == Path(item):
+                raise nothing_there(item, listing.left_out)
+            for path in listing.files:
                 paths[Path(os.path.abspath(path))] = path
+            for reason, others in listing.left_out.items():
+                left_out.setdefault(reason, []).extend(others)
             tops.append(os.path.abspath(root.parent if root.is_file() else root))
+    drop_other_json(paths, left_out, schema or Schema())
     if not paths:
-        raise UserError(f"--input {' '.join(inputs)}: no {', '.join(SUFFIXES)} there")
+        raise nothing_there(" ".join(given), left_out)
+    print_left_out(left_out, paths)
     # Only folders from the one that holds all inputs downward can name a split. Those above it say
     # where the corpus happens to be stored, as /dev/shm does.
     top = Path(os.path.commonpath(tops))
     return [(path, find_split(absolute, top)) for absolute, path in paths.items()]
 
 
-def list_files(root: Path) -> list[Path]:
-    """The files with documents in a folder, or the file itself."""
+def nothing_there(given: str, left_out: dict[str, list[Path]]) -> UserError:
+    found = f" (left out: {inputs.describe(left_out)})" if left_out else ""
+    return UserError(f"--input {given}: no {', '.join(SUFFIXES)} there{found}")
+
+
+def print_left_out(left_out: dict[str, list[Path]], paths: dict[Path, Path]) -> None:
+    """Say what was not taken, other than files that are read under another name by a link."""
+    targets = {os.path.realpath(path) for path in paths.values() if path.is_symlink()}
+    shown = {}
+    for reason, others in left_out.items():
+        once = {os.path.abspath(path): path for path in others}
+        if reason == inputs.OTHER_ENDING and targets:
+            once = {
+                key: path for key, path in once.items() if os.path.realpath(path) not in targets
+            }
+        if once:
+            shown[reason] = list(once.values())
+    if shown:
+        print(f"left out: {inputs.describe(shown)}")
+
+
+def drop_other_json(
+    paths: dict[Path, Path], left_out: dict[str, list[Path]], schema: Schema
+) -> None:
+    """Move each .json that does not hold a record per line from `paths` to `left_out`."""
+    candidates = [absolute for absolute in paths if absolute.suffix.lower() == ".json"]
+    with ThreadPoolExecutor(16) as pool:
+        reasons = list(pool.map(partial(why_no_records, schema=schema), candidates))
+    for absolute, reason in zip(candidates, reasons, strict=True):
+        if reason:
+            left_out.setdefault(reason, []).append(paths.pop(absolute))
+
+
+def why_no_records(path: Path, schema: Schema) -> str | None:
+    """Why a .json does not hold a record per line, as dataset_info.json does not; None if it does.
+
+    Only its first line is judged, and whether there is a second one. What is wrong in a file of
+    records is an error when it is read.
+    """
     try:
-        if root.is_file():
-            paths = [root]
-        else:
-            if root.is_dir():
-                os.listdir(root)  # rglob would silently find nothing where reading is not allowed
-            paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    except PermissionError:
-        raise UserError(f"--input {root}: no permission to read it") from None
-    return [path for path in paths if path.name.endswith(SUFFIXES)]
+        with open(path, "rb") as file:
+            lines = (line for line in iter(partial(file.readline, LARGE), b"") if line.strip())
+            first = next(lines, b"")
+            second = next(lines, b"")
+    except OSError as error:
+        raise inputs.unreadable(path, error) from None
+    first = first.removeprefix(codecs.BOM_UTF8).strip()
+    if first.startswith(b"["):
+        return "with a JSON array, not a record per line (jq -c '.[]' FILE makes them)"
+    if not first or len(first) >= LARGE - 1 or first.startswith(tuple(inputs.POINTERS)):
+        return None
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return "with JSON that is not a record per line"
+    if not second and field_of(record, schema.text) is None:
+        return f"with one line of JSON that has no {schema.text!r}"
+    return None
 
 
 def find_split(path: Path, top: Path) -> str | None:
@@ -177,13 +247,15 @@ def cut_file(file: tuple[Path, str | None], limit: int) -> list[Segment]:
     size = path.stat().st_size
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: no permission to read it")
-    if size > limit and path.suffix == ".jsonl":
+    inputs.refuse_pointer(path, size)
+    suffix = path.suffix.lower()
+    if size > limit and suffix in (".jsonl", ".json"):
         segments = []
         for start in range(0, size, limit):
             stop = min(start + limit, size)
             segments.append(Segment(str(path), split, start, stop, stop - start))
         return segments
-    if size > limit and path.suffix == ".parquet":
+    if size > limit and suffix == ".parquet":
         return cut_parquet(path, split, limit)
     return [Segment(str(path), split, 0, None, size)]
 
@@ -219,17 +291,45 @@ def hub_segments(dataset: str, revision: str | None, splits: list[str]) -> list[
     for split in splits:
         for i in range(hub_stream(dataset, revision, split).num_shards):
             segments.append(Segment(split, split, i, i + 1, 0))
+    if os.path.isdir(dataset):
+        check_local_dataset(dataset, hub_builder(dataset, revision).config.data_files, splits)
     return segments
+
+
+def check_local_dataset(dataset: str, data_files: dict | None, splits: list[str]) -> None:
+    """Say which files of a folder the library leaves out; UserError if it takes some twice."""
+    data_files = data_files or {}
+    inputs.refuse_twice([Path(path) for split in splits for path in data_files.get(split, [])])
+    taken = {os.path.abspath(path) for paths in data_files.values() for path in paths}
+    listing = inputs.list_files(Path(dataset))
+    ignored = [path for path in listing.files if os.path.abspath(path) not in taken]
+    left_out = {**listing.left_out, "that the library of the hub does not take": ignored}
+    print_left_out(left_out, {})
 
 
 @lru_cache
 def hub_stream(dataset: str, revision: str | None, split: str) -> Any:
     """A split of a dataset on the Hugging Face hub, or of a local folder laid out like one."""
+    try:
+        streams = hub_builder(dataset, revision).as_streaming_dataset()
+    except Exception as error:  # any kind, as in hub_builder
+        raise unreachable(dataset, error) from None
+    if split in streams:
+        return streams[split]
+    raise UserError(
+        f"{dataset} has no split {split!r}{nearest(split, streams)} (it has: "
+        f"{', '.join(streams)}); {SPLIT_HELP}"
+    )
+
+
+@lru_cache
+def hub_builder(dataset: str, revision: str | None) -> Any:
+    """What the library of the hub knows of a dataset."""
     import datasets  # only here: it takes a second to import
 
     datasets.config.TORCH_AVAILABLE = False  # or a stream imports torch, which takes two more
     try:
-        return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
+        return datasets.load_dataset_builder(dataset, revision=revision)
     except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
         raise unreachable(dataset, error) from None
 
@@ -242,7 +342,18 @@ def unreachable(dataset: str, error: Exception) -> UserError:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged or cut short ({first_line(error)})")
+    reason = first_line(error)
+    if "too much memory" in reason:  # what zstd says of a window that its reader does not allow
+        return UserError(
+            f"{path}: compressed with a window above 128 MB (zstd --long), which is not read here; "
+            f"the file is intact, compress it anew: zstd -dc --long=31 {path} | zstd -o NEW_FILE"
+        )
+    if isinstance(error, OSError) and error.errno:
+        return UserError(
+            f"{path}: cannot be read ({error.strerror}); look at the disk or its mount, then run "
+            "the same command again"
+        )
+    return UserError(f"{path}: damaged or cut short ({reason})")
 
 
 def first_line(error: Exception) -> str:
@@ -286,37 +397,60 @@ def read_file(source: dict, segment: Segment) -> Iterator[tuple[int, int, bytes 
     path = Path(segment.path)
     try:
         with open(path, "rb") as file:
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 schema = Schema(*source["schema"])
                 yield from read_parquet(path, file, segment, schema)
             else:
                 yield from read_lines(path, file, segment)
     except PermissionError:
         raise UserError(f"{path}: no permission to read it") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise damaged(path, error) from None
+
+
+class Counted(io.RawIOBase):
+    """A stream that is decompressed, with the number of bytes that came out of it."""
+
+    def __init__(self, file: io.BufferedReader, codec: str):
+        # pyarrow's stream raises at a file that was cut short; zstandard's would just end.
+        self.stream = pyarrow.CompressedInputStream(file, codec)
+        self.n_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self.stream.readinto(buffer)
+        self.n_bytes += n
+        return n
 
 
 def read_lines(
     path: Path, file: io.BufferedReader, segment: Segment
 ) -> Iterator[tuple[int, int, bytes]]:
     """The lines that start in the segment."""
-    codec = CODECS.get(path.suffix)
+    codec = CODECS.get(path.suffix.lower())
     lines = file
     if codec:
-        # pyarrow's stream raises at a file that was cut short; zstandard's would just end.
-        lines = io.BufferedReader(pyarrow.CompressedInputStream(file, codec), 1 << 20)
+        decompressed = Counted(file, codec)
+        lines = io.BufferedReader(decompressed, 1 << 20)
     if segment.start:
         file.seek(segment.start - 1)
         file.readline()  # the rest of a line that starts before the segment
     position = file.tell()
+    n_bytes = 0  # in the lines so far
     number = 0
     while segment.stop is None or codec or position < segment.stop:
         line = lines.readline()
         if not line:
             break
         number += 1
-        position = file.tell() if codec else position + len(line)
+        n_bytes += len(line)
+        if codec:
+            # The buffers have read ahead: the share of their bytes that the lines have taken.
+            position = max(position, file.tell() * n_bytes // decompressed.n_bytes)
+        else:
+            position += len(line)
         if not line.isspace():
             yield position - segment.start, number, line
         del line  # a large one must be gone before the next is read
@@ -354,23 +488,35 @@ def read_parquet(
 def needed_columns(path: Path, table: pyarrow.parquet.ParquetFile, schema: Schema) -> list[str]:
     """The columns that a schema names; UserError if the file lacks one."""
     names = table.schema_arrow.names
-    fields = [field for field in (schema.text, schema.domain) if field]
-    columns = [field.split(".")[0] for field in fields]
-    for column in columns:
+    columns = []
+    for field in (schema.text, schema.domain):
+        if not field:
+            continue
+        column = field if field in names else field.split(".")[0]
         if column not in names:
             raise UserError(
                 f"{path}: no column {column!r}{nearest(column, names)} (it has: "
                 f"{', '.join(names)}); name the columns with --schema"
             )
+        if names.count(column) > 1:
+            raise UserError(f"{path}: {names.count(column)} columns {column!r}; rename all but one")
+        columns.append(column)
+    if "meta.kind" in names:
+        columns.append("meta.kind")
     return columns
 
 
 def value(scalar: pyarrow.Scalar) -> Any:
     """A cell as a Python value, but a large text as a view of its UTF-8."""
-    if isinstance(scalar, STRING_SCALARS) and scalar.is_valid:
+    if isinstance(scalar, pyarrow.BinaryScalar) and scalar.is_valid:  # all kinds of text and bytes
         buffer = scalar.as_buffer()
         if buffer.size > LARGE:
             return memoryview(buffer)
+        if isinstance(scalar, pyarrow.StringScalar | pyarrow.LargeStringScalar):
+            try:
+                return scalar.as_py()
+            except UnicodeDecodeError:
+                return buffer.to_pybytes()  # to_document reports it as a broken record
     return scalar.as_py()
 
 
@@ -379,7 +525,7 @@ def place(source: dict, segment: Segment, number: int) -> str:
     if source["source"] != "files":
         dataset = source.get("dataset", "sample")
         return f"{dataset} {segment.path}, file {segment.start + 1}, document {number}"
-    if segment.path.endswith(".parquet"):
+    if segment.path.lower().endswith(".parquet"):
         if segment.start:
             metadata = pyarrow.parquet.read_metadata(segment.path)
             number += sum(metadata.row_group(i).num_rows for i in range(segment.start))
@@ -414,45 +560,69 @@ def to_document(
     split: the segment's. splits: our name ("train", "val") for each wanted split of the source.
     """
     record = parse_line(item, schema) if isinstance(item, bytes) else item
-    text = field_of(record, schema.text)
-    if not isinstance(text, Text):
-        names = ""
-        if isinstance(record, dict):
-            names = f" (it has: {', '.join(map(str, record))}; see --schema)"
-        raise BadRecord(f"no string called {schema.text!r}{names}")
+    text, utf8 = text_of(record, schema)
     domain = domain_of(record, schema)
-    utf8 = text
-    if isinstance(text, str):
-        try:
-            utf8 = text.encode()
-        except UnicodeEncodeError:
-            text = replace_surrogates(text)
-            utf8 = text.encode()
     if split == "sample":  # the sample's records name their splits
         split = record.get("split")
-    if split is None:
-        digest = hashlib.sha1(utf8).digest()
-        is_held_out = int.from_bytes(digest[:4], "big") % HELD_OUT == 0
-        our_split = "val" if is_held_out else "train"
-    elif split in splits:
-        our_split = splits[split]
-    else:
+    if split is not None and split not in splits:
         return None
+    our_split = splits.get(split, "train")
+    if our_split == "train" and (split is None or HASH in splits):
+        digest = hashlib.sha1(utf8).digest()
+        if int.from_bytes(digest[:4], "big") % HELD_OUT == 0:
+            our_split = "val"
     kind = str(field_of(record, "meta.kind") or "")
     return Document(text, utf8, domain, our_split, kind)
 
 
+def text_of(record: Any, schema: Schema) -> tuple[Text, bytes | memoryview]:
+    """A record's text, and its UTF-8; BadRecord if it has none."""
+    text = field_of(record, schema.text)
+    if isinstance(text, str):
+        try:
+            return text, text.encode()
+        except UnicodeEncodeError:
+            text = replace_surrogates(text)
+            return text, text.encode()
+    if not isinstance(text, bytes | memoryview):
+        found = what_is(record, schema.text)
+        raise BadRecord(f"no string called {schema.text!r}: {found}; see --schema")
+    try:
+        if isinstance(text, bytes):
+            return str(text, "utf-8"), text
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(text), 1 << 20):
+            decoder.decode(text[start : start + (1 << 20)])
+        decoder.decode(b"", final=True)
+        return text, text
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{schema.text} is not UTF-8 ({error.reason})") from None
+
+
 def parse_line(line: bytes, schema: Schema) -> dict:
     """A JSON line as a record; a large text as a view of its UTF-8."""
-    if len(line) > LARGE:
+    text_key = schema.text.split(".")[0]
+    # json and Arrow would take the last of two texts without a word.
+    may_repeat = line.count(f'"{text_key}"'.encode()) > 1
+    if len(line) > LARGE and not may_repeat:
         try:
             return parse_large_line(line, schema)
         except pyarrow.ArrowException:
             pass  # json accepts more than Arrow does, so it decides
+    hook = partial(to_object, text_key=text_key) if may_repeat else None
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=hook)
+    except BadRecord:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"broken JSON ({error})") from None
+
+
+def to_object(pairs: list[tuple[str, Any]], text_key: str) -> dict:
+    """The object that a JSON text has; BadRecord if the field of the text stands there twice."""
+    if [key for key, _ in pairs].count(text_key) > 1:
+        raise BadRecord(f"two fields called {text_key!r}")
+    return dict(pairs)
 
 
 def parse_large_line(line: bytes, schema: Schema) -> dict:
@@ -463,27 +633,79 @@ def parse_large_line(line: bytes, schema: Schema) -> dict:
         pyarrow.json.ParseOptions(explicit_schema=types),
     )
     columns = zip(row.column_names, row.columns, strict=True)
-    return {name: value(column[0]) for name, column in columns}
+    record = {name: value(column[0]) for name, column in columns}
+    if f'"{schema.text}"'.encode() not in line:
+        record.pop(schema.text, None)  # Arrow adds a null where the field is absent, or nested
+    return record
 
 
 def field_of(record: Any, name: str) -> Any:
-    """The value of a field, dots leading into nested fields; None if there is no such field."""
-    for part in name.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
-    return record
+    """The value of a field, dots leading into nested fields; None if there is no such field.
+
+    The name with its dots comes first: tables that were flattened have columns of such names.
+    """
+    fields = fields_of(record)
+    if name in fields:
+        return fields[name]
+    first, _, rest = name.partition(".")
+    if rest:
+        return field_of(fields.get(first), rest)
+    return None
+
+
+def fields_of(value: Any) -> dict:
+    """The fields of an object, of JSON in a string or of an Arrow map; none if it is none of these.
+
+    Arrow makes a list of pairs of a map.
+    """
+    if type(value) is dict:
+        return value
+    if isinstance(value, str | bytes) and value.strip()[:1] in ("{", b"{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
+        return {as_text(key): item for key, item in value}
+    return value if isinstance(value, dict) else {}
+
+
+def as_text(value: Any) -> Any:
+    """Bytes as text: programs that know no strings write binary columns."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def what_is(record: Any, name: str) -> str:
+    """What a record has where a string called `name` should be: "text is null"."""
+    reached = "the record"
+    value = record
+    for part in (name,) if name in fields_of(record) else name.split("."):
+        fields = fields_of(value)
+        if part not in fields:
+            if not fields:
+                return f"{reached} is {kind_of(value)}"
+            return f"{reached} has no {part!r} (it has: {', '.join(map(str, fields))})"
+        value = fields[part]
+        reached = part if reached == "the record" else f"{reached}.{part}"
+    return f"{reached} is {kind_of(value)}"
+
+
+def kind_of(value: Any) -> str:
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def domain_of(record: dict, schema: Schema) -> str:
     """The domain that a record names; BadRecord if it names none that is known."""
     if schema.constant:
         return schema.constant
-    name = field_of(record, schema.domain)
+    name = as_text(field_of(record, schema.domain))
     if isinstance(name, str):
         if name in SET_NAMES:
             return SET_NAMES[name]
         if name in DOMAINS:
             return name
+    found = "" if isinstance(name, str) else f"{what_is(record, schema.domain)}; "
     raise BadRecord(
-        f"unknown domain {schema.domain} {name!r}{nearest(str(name), SET_NAMES)} (known: "
+        f"unknown domain {schema.domain} {name!r}{nearest(str(name), SET_NAMES)} ({found}known: "
         f"{', '.join(SET_NAMES)}; more are added in corpus/manifest.py; other fields: --schema)"
     )

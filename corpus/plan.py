@@ -16,7 +16,17 @@ from pathlib import Path
 
 import files
 from cli import UserError
-from corpus.documents import HELD_OUT, Schema, Segment, file_segments, find_files, hub_segments
+from corpus import inputs
+from corpus.documents import (
+    HASH,
+    HELD_OUT,
+    SPLIT_HELP,
+    Schema,
+    Segment,
+    file_segments,
+    find_files,
+    hub_segments,
+)
 from corpus.manifest import DOMAINS, PREPARING
 
 MAX_UNITS = 256  # of a small corpus; a large one has units of MAX_UNIT bytes
@@ -134,10 +144,14 @@ def parse_splits(text: str) -> dict[str, str]:
         ours, _, theirs = part.partition("=")
         if ours in ("train", "val") and theirs and "=" not in theirs:
             names[ours] = theirs
-    if len(set(names.values())) < len(parts):
+    if len(set(names.values())) < len(parts) or names.get("train") == HASH:
         raise UserError(
             f"--split {text}: expected two different splits of the source as "
             "train=NAME,val=NAME, or one of them"
+        )
+    if names.get("val") == HASH and "train" not in names:
+        raise UserError(
+            f"--split {text}: {HASH} holds out some of the training data; give train=NAME,val=hash"
         )
     return {ours: names[ours] for ours in ("train", "val") if ours in names}
 
@@ -148,37 +162,47 @@ def make_units(settings: dict) -> list[list[Segment]]:
     if settings["source"] == "sample":
         return [[Segment("sample", "sample", 0, None, 0)]]
     if settings["source"] == "hub":
-        names = list(splits.values())
+        names = [name for name in splits.values() if name != HASH]
         segments = hub_segments(settings["dataset"], settings["revision"], names)
         most = math.ceil(len(segments) / MAX_UNITS)
         return group_segments(segments, [1] * len(segments), most)
-    chosen = choose_files(settings["input"], splits)
+    all_files = find_files(settings["input"], Schema(*settings["schema"]))
+    chosen = choose_files(all_files, splits)
+    inputs.refuse_twice([path for path, _ in chosen])
+    if not settings["dedup"]:
+        inputs.print_copies([path for path, _ in chosen])
     total = sum(path.stat().st_size for path, _ in chosen)
     most = min(max(total // MAX_UNITS, MIN_UNIT), MAX_UNIT)
     segments = file_segments(chosen, min(most, MAX_SEGMENT))
     return group_segments(segments, [segment.size for segment in segments], most)
 
 
-def choose_files(inputs: list[str], splits: dict[str, str]) -> list[tuple[Path, str | None]]:
+def choose_files(
+    all_files: list[tuple[Path, str | None]], splits: dict[str, str]
+) -> list[tuple[Path, str | None]]:
     """(file, split) of the wanted splits, training first; prints which files are left out."""
-    all_files = find_files(inputs)
     counts = Counter(split for _, split in all_files)
     order = [None, *splits.values()]
     chosen = [(path, split) for path, split in all_files if split in order]
     for name in sorted(counts.keys() - set(order)):
         print(f"left out: {counts[name]} files of split {name!r} (see --split)")
-    absent = sorted(set(splits.values()) - counts.keys())
-    if counts[None]:
-        print(
-            f"{counts[None]} of {len(chosen)} files: no name tells a split; one document in "
-            f"{HELD_OUT} of theirs is for validation, by a hash of its text"
-        )
-    elif absent:
+    absent = sorted(set(splits.values()) - counts.keys() - {HASH})
+    if absent and not counts[None]:
         raise UserError(
             f"no file of split {', '.join(absent)} in --input (there are: "
-            f"{', '.join(sorted(counts))}); choose with --split train=NAME,val=NAME"
+            f"{', '.join(sorted(counts))}); {SPLIT_HELP}"
         )
+    print_held_out(counts, splits, len(chosen))
     return sorted(chosen, key=lambda file: order.index(file[1]))
+
+
+def print_held_out(counts: Counter, splits: dict[str, str], n_files: int) -> None:
+    """Say of which files some documents are held out."""
+    how = f"one document in {HELD_OUT} of theirs is for validation, by a hash of its text"
+    if HASH in splits.values():
+        print(f"{counts[splits['train']] + counts[None]} of {n_files} files: {how}")
+    elif counts[None]:
+        print(f"{counts[None]} of {n_files} files: no name tells a split; {how}")
 
 
 def group_segments(segments: list[Segment], weights: list[int], most: int) -> list[list[Segment]]:

@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from cli import UserError
+from cli import Progress, UserError
 from corpus import tokenizer as tokenizers
 from corpus.manifest import all_shards, kinds_path, read_manifest
 from corpus.shards import BLOCK, HEADER_BYTES, npy_header
@@ -30,7 +29,7 @@ def verify(folder: Path, workers: int) -> None:
     problems = []
     # Threads are enough: hashing and counting release the interpreter's lock.
     with (
-        tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar,
+        Progress(total=size, unit="B", unit_scale=True, desc="verify") as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
         for shard, problem in zip(shards, pool.map(check, shards), strict=True):

@@ -426,6 +426,11 @@ def matches(shape: GPTConfig, weights: dict) -> bool:
 def load_tensors(folder: Path, name: str) -> dict:
     """The tensors of a file, on the CPU; mapped, so that the ranks of a node share the memory."""
     path = Path(folder) / name
+    if path.is_file() and path.stat().st_size == 0:  # scripts/reproduce.sh empties it
+        raise UserError(
+            f"{path} was dropped when the run was finished, to save room, so the run cannot "
+            f"continue; start from its weights with --init_from {folder} and a new --out_dir"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

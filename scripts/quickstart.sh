@@ -11,16 +11,19 @@ if [ $# -gt 0 ] || ! [[ $STEPS =~ ^[1-9][0-9]{0,8}$ ]]; then
   exit 2
 fi
 source scripts/environment.sh requirements.txt
+source scripts/runs.sh
+heed_signals
 OUT=runs/quickstart_$STEPS
 
 echo "== data: the synthetic sample corpus, bytes as tokens"
-python prepare_slimpajama.py --source sample --tokenizer bytes --out data/sample
+attend python prepare_slimpajama.py --source sample --tokenizer bytes --out data/sample
 for strategy in uniform linupper; do
   echo "== train: tiny model, $strategy, $STEPS steps"
-  python train.py config/tiny_cpu.py --reweight "$strategy" --max_steps "$STEPS" --out_dir "$OUT/$strategy"
-  python eval/perplexity.py --run "$OUT/$strategy"
+  attend python train.py config/tiny_cpu.py --reweight "$strategy" --max_steps "$STEPS" --out_dir "$OUT/$strategy"
+  is_finished "$OUT/$strategy" || { say_unfinished "$OUT/$strategy"; exit 143; }
+  attend python eval/perplexity.py --run "$OUT/$strategy"
 done
 echo "== perplexity per domain"
-python eval/tables.py "$OUT/uniform" "$OUT/linupper" --what ppl,difference
+attend python eval/tables.py "$OUT/uniform" "$OUT/linupper" --what ppl,difference
 echo "== pictures"
-python eval/plots.py "$OUT/uniform" "$OUT/linupper" --to "$OUT/plots"
+attend python eval/plots.py "$OUT/uniform" "$OUT/linupper" --to "$OUT/plots"

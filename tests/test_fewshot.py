@@ -12,11 +12,13 @@ import torch
 import torch.utils.collect_env
 from conftest import ROOT, command, expect_error, expect_ok
 
+import cli
 from corpus import tokenizer
 from eval import fewshot, harness, models
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from runtime import checkpoint
+from scripts import fetch_tasks
 
 TASKS = ROOT / "tests" / "tasks"
 NAMES = ("where", "letter", "from_nothing", "last_words", "tell", "whole_text")
@@ -323,7 +325,7 @@ def small_index():
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    paths = [TASKS, *(root / name for name in FOLDERS)]
+    paths = [TASKS, *(root / name for name in FOLDERS), harness.OWN_TASKS]
     return lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
 
 
@@ -445,6 +447,8 @@ def test_a_task_that_cannot_be_scored_ends_nothing_but_itself(run_dir, tmp_path,
     (folder / "bad.yaml").write_text(f"include: {base}.yaml\ntask: bad\n{lines}\n")
     flags = ("--run", run_dir, "--include_path", folder, "--num_fewshot", 0, "--tasks")
     expect_error(command("eval/fewshot.py", *flags, "bad"), "task bad", *words)
+    record = json.loads((run_dir / "eval" / "fewshot.json").read_text())
+    assert record["tasks"] == {} and words[0] in record["failed"]["bad"]
     if name in ("file", "empty", "tokens"):  # one that fails at each stage
         shown = expect_ok(command("eval/fewshot.py", *flags, "bad,where"))
         record = json.loads((run_dir / "eval" / "fewshot.json").read_text())
@@ -497,3 +501,139 @@ def test_damaged_runs_are_told_in_one_line(run_dir, monkeypatch):
     expect_error(score(run_dir, "--tasks", "where"), "tokenizer", "gpt2, bytes")
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     expect_error(score(run_dir, "--tasks", "where"), "pip install -r requirements-eval.txt")
+
+
+def test_a_table_says_which_tasks_are_missing_and_why(run_dir, tmp_path):
+    """Also where no task at all could be scored."""
+    folder = Path(shutil.copytree(TASKS, tmp_path / "tasks"))
+    gone = "dataset_kwargs: {data_files: {train: gone.jsonl, test: gone.jsonl}}"
+    (folder / "gone.yaml").write_text(f"include: where.yaml\ntask: gone\n{gone}\n")
+    flags = ("--include_path", folder, "--num_fewshot", 0, "--limit", 3)
+    done = command("eval/fewshot.py", "--run", run_dir, *flags, "--tasks", "gone")
+    expect_error(done, "python scripts/fetch_tasks.py")
+    missing = "Missing: gone: its data is not in the cache and cannot be downloaded (more in"
+    shown = expect_ok(command("eval/tables.py", run_dir, "--what", "fewshot"))
+    assert "| gone | missing |" in shown and missing in shown
+    expect_ok(command("eval/report.py", run_dir, "--out", tmp_path / "report.html"))
+    expect_ok(command("eval/fewshot.py", "--run", run_dir, *flags, "--tasks", "gone,where"))
+    shown = expect_ok(command("eval/tables.py", run_dir, "--what", "fewshot"))
+    assert "| where (acc) |" in shown and "| gone        |" in shown and missing in shown
+    (folder / "gone.yaml").write_text("include: where.yaml\ntask: gone\n")
+    expect_ok(command("eval/fewshot.py", "--run", run_dir, *flags, "--tasks", "gone,where"))
+    assert "Missing" not in expect_ok(command("eval/tables.py", run_dir, "--what", "fewshot"))
+
+
+# LogiQA and LogiQA 2.0, in the formats of their authors' files
+
+LOGIQA = """
+{label}
+Tom is {id}.He has a dog.
+Which is true?
+A.Tom has a cat.So it is.
+B. Tom has a dog.
+C.None.
+D.All
+"""
+LOGIQA2 = {
+    "id": 7,
+    "answer": 2,
+    "text": " Ann sings. ",
+    "type": {"Categorical reasoning": True},
+    "question": "What follows?\n",
+    "options": ["She does.", " She does not.", "Both.", "3.5 of it."],
+}
+
+
+@pytest.fixture
+def authors_files(tmp_path, monkeypatch):
+    """Files as the authors have them, in place of those on the internet; the current folder."""
+    folder = tmp_path / "authors"
+    folder.mkdir()
+    for name in ("Train", "Eval", "Test"):
+        blocks = [LOGIQA.format(label=label, id=f"{name} {label}") for label in "cbd"]
+        (folder / f"{name}.txt").write_text("".join(blocks), newline="\r\n")
+    for name in ("train", "dev", "test"):
+        lines = [json.dumps({**LOGIQA2, "id": i}) for i in range(4)]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    for name, source in fetch_tasks.SOURCES.items():
+        local = source._replace(url=f"{folder.as_uri()}/")
+        monkeypatch.setitem(fetch_tasks.SOURCES, name, local)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_converted_data_gives_the_prompts_of_the_harness(authors_files):
+    for name in fetch_tasks.SOURCES:
+        fetch_tasks.convert(name, fetch_tasks.FOLDER)
+    loaded = harness.open_tasks(["logiqa", "logiqa2"], None).load(["logiqa", "logiqa2"])["tasks"]
+    task = loaded["logiqa"]
+    docs = list(task.eval_docs)
+    assert [len(list(task.training_docs())), len(list(task.validation_docs())), len(docs)] == [
+        3
+    ] * 3
+    assert task.doc_to_text(docs[1]) == (
+        "Passage: Tom is Test b. He has a dog.\nQuestion: Which is true?\nChoices:\n"
+        "A. Tom has a cat. So it is.\nB. Tom has a dog.\nC. None.\nD. All\nAnswer:"
+    )
+    assert [task.doc_to_target(doc) for doc in docs] == [2, 1, 3]
+    assert task.doc_to_choice(docs[0])[3] == "All"
+    task = loaded["logiqa2"]
+    doc = list(task.eval_docs)[2]
+    assert task.doc_to_text(doc) == (
+        "Passage: Ann sings.\nQuestion: What follows?\n"
+        "A. She does.\nB. She does not.\nC. Both.\nD. 3.5 of it.\nAnswer:"
+    )
+    assert int(task.doc_to_target(doc)) == 2 and len(task.doc_to_choice(doc)) == 4
+
+
+def test_our_tasks_are_those_of_the_harness_but_for_the_data():
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name in fetch_tasks.SOURCES:
+        theirs = load_yaml(Path(lm_eval.tasks.__file__).parent / name / f"{name}.yaml")
+        ours = load_yaml(harness.OWN_TASKS / f"{name}.yaml")
+        for task in (theirs, ours):
+            for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
+                task.pop(key, None)
+        for key in theirs.keys() | ours.keys():
+            a, b = theirs[key], ours[key]
+            if callable(a):  # the same function, perhaps of a module that is loaded twice
+                a, b = ((f.__name__, f.__code__.co_code, f.__code__.co_consts) for f in (a, b))
+            assert a == b, key
+
+
+def fetch(monkeypatch, capsys, tasks):
+    """Exit code and output of scripts/fetch_tasks.py."""
+    monkeypatch.setattr("sys.argv", ["scripts/fetch_tasks.py", "--tasks", tasks])
+    code = 0
+    try:
+        cli.run(fetch_tasks.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+def test_a_line_per_task_that_is_fetched(authors_files, harness_index, monkeypatch, capsys):
+    code, said = fetch(monkeypatch, capsys, "logiqa,sciq,logiqa2")
+    first, second, third, last = said.out.splitlines()
+    assert code == 1 and last.startswith("1 of 3 tasks failed")
+    assert first == "logiqa: ok, 3 documents" and third == "logiqa2: ok, 4 documents"
+    assert second.startswith("sciq: failed: its data is not in the cache and cannot be downloaded")
+    shutil.rmtree(authors_files)  # what is there is not fetched again
+    assert fetch(monkeypatch, capsys, "logiqa,logiqa2")[0] == 0
+    code, said = fetch(monkeypatch, capsys, "logiqq")
+    assert code == 2 and "logiqq" in said.err and "'logiqa'" in said.err
+
+
+@pytest.mark.parametrize("name, file", [("logiqa", "Eval.txt"), ("logiqa2", "dev.txt")])
+def test_a_page_in_place_of_questions_is_refused(
+    authors_files, harness_index, monkeypatch, capsys, name, file
+):
+    (authors_files / file).write_text("<html>\n<body>\nSign in\n</body>\n</html>")
+    code, said = fetch(monkeypatch, capsys, name)
+    assert code == 1 and said.out.startswith(f"{name}: failed: ")
+    assert "1 of its file is not a question: '<html>" in said.out
+    assert not (Path("data/tasks") / name / "validation.jsonl").exists()
+    code, said = fetch(monkeypatch, capsys, name)  # nothing half-done passes as done
+    assert code == 1

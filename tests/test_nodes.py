@@ -7,6 +7,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +115,26 @@ def test_the_job_of_several_nodes_says_what_it_would_run():
     text = dry(SLURM_JOB_ID="17", SLURM_NNODES="4", SLURMD_NODENAME="gpu3", GPUS="2")
     assert "--nnodes 4 --nproc_per_node 2" in text and "--rdzv_endpoint gpu3:" in text
     assert text.endswith("-- train.py config/tiny_cpu.py --r 0.5")
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, "none"),
+        ({"NCCL_SOCKET_IFNAME": "lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "=lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "^docker"}, "none"),  # gloo takes only names
+        ({"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "eth7"}, "eth7"),
+    ],
+)
+def test_gloo_uses_the_network_interface_of_nccl(tmp_path, variables, expected):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "gloo ${GLOO_SOCKET_IFNAME:-none} $*"\n')
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "SLURM_JOB_ID": "17", **variables}
+    env |= {"SLURM_NNODES": "2", "SLURMD_NODENAME": "gpu3"}
+    process = ["bash", "scripts/slurm/train.sbatch", "config/tiny_cpu.py", "--out_dir", "a b"]
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, env=env)
+    said = expect_ok(done)
+    assert said.startswith(f"gloo {expected} torchrun --nnodes 2 ")
+    assert said.endswith("-- train.py config/tiny_cpu.py --out_dir a b\n")

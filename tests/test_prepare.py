@@ -142,8 +142,8 @@ def test_splits_of_globs_and_folders_count(tmp_path):
 
 def test_links_count_by_their_own_names(tmp_path):
     """As in the hub's cache, where names are links to files called by their hashes."""
-    blob = write(tmp_path / "blobs" / "0.jsonl")
     for split in ("train", "validation"):
+        blob = write(tmp_path / "blobs" / f"{split[0]}.jsonl")
         (tmp_path / "in" / split).mkdir(parents=True)
         (tmp_path / "in" / split / "0.jsonl").symlink_to(blob)
     expect_ok(prepare(tmp_path / "out", "--input", tmp_path / "in"))
@@ -390,6 +390,15 @@ def test_sample_is_deterministic_and_labelled(sample_data, tmp_path):
     manifest = read_manifest(out)
     assert tuple(manifest["domains"]) == DOMAINS and "synthetic" in manifest["source"]["note"]
     shutil.rmtree(out)
+
+
+def test_a_log_file_has_lines_and_no_carriage_returns(tmp_path):
+    done = prepare(tmp_path / "out", source="sample")
+    expect_ok(done)
+    assert "sample -> bytes" in done.stderr and "\r" not in done.stderr
+    done = command("prepare_slimpajama.py", "--verify", tmp_path / "out")
+    expect_ok(done)
+    assert "verify" in done.stderr and "\r" not in done.stderr
 
 
 def test_help_lists_every_flag():

@@ -534,6 +534,7 @@ def test_ctrl_c_stops_the_runs_of_all_gpus(stage):
     faults = dict.fromkeys(RUNS_OF_FOUR, "hang")
     process = start(stage, "reproduce_c4cc.sh", faults, **FOUR, GPUS="2", PARALLEL="runs")
     while not (stage / "calls").exists() or len(calls(stage, "called", "train")) < 2:
+        assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
@@ -569,7 +570,8 @@ def test_the_environment_is_made_once_before_the_array(stage):
     (stage / ".venv" / "bin").mkdir(parents=True)
     (stage / ".venv" / "bin" / "activate").touch()
     settings = {**FOUR, "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "SLURM": "1", "GPUS": "1"}
-    expect_ok(act(stage, "reproduce_c4cc.sh", **settings))
+    assert "== installing" in expect_ok(act(stage, "reproduce_c4cc.sh", **settings))
+    assert "== installing" not in (stage / "slurm.out").read_text()
     order = [json.loads(line)[1] for line in (stage / "calls").read_text().splitlines()]
     assert order[0] == "-m" and "-m" not in order[2:] and "train" in order  # python -m pip
 
@@ -608,6 +610,7 @@ def test_the_optimizer_of_a_finished_run_is_dropped(stage):
     shutil.rmtree(stage / "runs" / RUNS_OF_FOUR[0])
     process = start(stage, "reproduce_c4cc.sh", unfinished, **FOUR)
     while not (stage / "pid").exists():
+        assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=20)

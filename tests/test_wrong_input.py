@@ -6,6 +6,7 @@ be written.
 """
 
 import errno
+import gzip
 import json
 import os
 import re
@@ -172,9 +173,17 @@ def write_corpora(good: Path, bad: Path) -> None:
         "text.parquet": row.encode(),
         "text.jsonl.zst": row.encode(),
         "text.jsonl.gz": row.encode(),
+        "array.json": f"[{row}]".encode(),
+        "pretty.json": b'{\n "text": "a text"\n}\n',
+        "pointer.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "twice/a.jsonl": row.encode(),
+        "twice/a.jsonl.gz": gzip.compress(row.encode()),
     }
+    (bad / "twice").mkdir()
     for name, content in contents.items():
         (bad / name).write_bytes(content)
+    (bad / "gone.jsonl").symlink_to("nowhere")
+    (bad / "loop.jsonl").symlink_to("loop.jsonl")
     numbers = pa.table({"text": [1, 2], "meta": [{"redpajama_set_name": 5}] * 2})
     pq.write_table(numbers, bad / "ints.parquet")
     for name, file in (("plan", "plan.json"), ("state", "unit_00000.json")):
@@ -369,6 +378,16 @@ PREPARE = table(
     --input={bad}/text.jsonl.gz --split=train=train | text.jsonl.gz
     --input={bad}/blank.jsonl --split=train=train | "no document"
     --input={bad}/ints.parquet --split=train=train | ints.parquet
+    --input={bad}/array.json --split=train=train | array.json "a JSON array"
+    --input={bad}/pretty.json --split=train=train | pretty.json "not a record per line"
+    --input={bad}/pointer.jsonl --split=train=train | pointer.jsonl "git lfs pull"
+    --input={bad}/gone.jsonl --split=train=train | gone.jsonl nowhere "not there"
+    --input={bad}/loop.jsonl --split=train=train | loop.jsonl "cannot be read"
+    --input={bad}/twice | a.jsonl a.jsonl.gz "taken twice"
+    --input=/dev/null --split=train=train | /dev/null "a device"
+    --split=train=train,val=hsh | hsh val=hash
+    --split=val=hash | "--split val=hash" train=NAME
+    --split=train=hash,val=validation | "--split train=hash"
     --out={file} | {file}
     --out={file}/x | {file}
     --out=/proc/x | /proc/x
@@ -619,6 +638,11 @@ slurm/prepare.sbatch | PARTS={huge} | | PARTS
 slurm/prepare.sbatch | PARTS=1-8 | | PARTS=1-8
 slurm/prepare.sbatch | SLURM_ARRAY_TASK_ID=x | | TASK_ID=x
 slurm/prepare.sbatch | | | "no sbatch here"
+slurm/train.sbatch | GPUS=0 | | GPUS=0
+slurm/train.sbatch | GPUS=all | | GPUS=all
+slurm/train.sbatch | NODES=0 | | NODES=0
+slurm/train.sbatch | NODES=1-2 | | NODES=1-2
+slurm/train.sbatch | | config/tiny_cpu.py | "no sbatch here"
 """
 PYTHONS = ("/nowhere/python", "/bin/true", "/bin/false", "/tmp", "/etc/hostname", "no such python")
 BATCH = {"INPUT": "/in", "OUT": "/out", "PARTS": "2"}  # for slurm/prepare.sbatch

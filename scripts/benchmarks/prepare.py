@@ -7,12 +7,13 @@ A round is plain tiktoken's `encode_to_numpy` on preloaded documents in as many 
 workers, then the whole command, start and end included, into a new folder. Prints tokens per second
 of both, their ratio, the ratio per second of processor time, which other programs on the machine
 disturb less, and the peak memory of the largest process. At the end, what each step takes in one
-process. --repeat: prepare the input this many times over, through links.
+process. --repeat: prepare the input this many times over, in copies.
 """
 
 import json
 import multiprocessing
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,19 +79,19 @@ def main(argv: list[str]) -> None:
         folder = args.input
         if args.repeat > 1:
             folder = links
-            link_copies(args.input, Path(links), args.repeat)
+            make_copies(args.input, Path(links), args.repeat)
         for n in args.workers:
             print(json.dumps(compare(args.input, folder, n, args.rounds)), flush=True)
     print_steps(args.input)
 
 
-def link_copies(folder: str, to: Path, n: int) -> None:
-    """n folders of links to the files of a folder, in folders called as their splits."""
+def make_copies(folder: str, to: Path, n: int) -> None:
+    """n copies of the files of a folder, in folders called as their splits."""
     for path, split in documents.find_files([folder]):
         for i in range(n):
-            link = to / f"{i:04d}" / str(split) / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
+            copy = to / f"{i:04d}" / str(split) / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def compare(folder: str, repeated: str, n: int, rounds: int) -> dict:
