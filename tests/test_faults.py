@@ -203,7 +203,7 @@ def test_a_signal_during_evaluation_leaves_it_and_the_resumed_run_makes_up_for_i
 ):
     out = without_the_end(unbroken, tmp_path / "run")
     run = start(out, "--eval_windows=100000")
-    run.wait_for(lambda: f"{STEPS}/{STEPS} " in run.output())
+    run.wait_for(lambda: f"of {STEPS}: loss" in run.output().split(f"step {STEPS:>6} ")[-1])
     time.sleep(0.5)  # the last evaluation is of many thousand windows
     run.signal(signal.SIGTERM)
     assert run.wait(15) == [0, 0], run.output()
@@ -501,8 +501,10 @@ def test_a_disk_that_is_full_for_the_metrics(start, unbroken, small_disk):
     saved = newest(out)
     # Without checkpoints, the metrics are the first to need room.
     run = start(out, "--checkpoint_interval=1000", "--max_steps=200")
-    # The progress bar appears once the lines past the checkpoint are gone.
-    run.wait_for(lambda: "/200 [" in run.output() and records(out, "train")[-1]["step"] > saved)
+    # A line of training appears once the lines past the checkpoint are gone.
+    run.wait_for(
+        lambda: " of 200: loss" in run.output() and records(out, "train")[-1]["step"] > saved
+    )
     fill(small_disk, leave=0)
     assert run.wait()[0] == 2 and "Traceback" not in run.output(), run.output()
     assert "metrics.jsonl cannot be written (No space left on device)" in run.output()
