@@ -23,6 +23,21 @@ def test_documents_of_one_length_give_students_t():
     assert found == pytest.approx((values.mean(), interval.low, interval.high, expected.pvalue))
 
 
+def test_two_documents_are_enough():
+    """Of the same length: one degree of freedom. Fewer give no interval."""
+    found = estimate([documents([1.0, 1.5])])
+    expected = stats.ttest_1samp([1.0, 1.5], 0)
+    interval = expected.confidence_interval()
+    assert found == pytest.approx((1.25, interval.low, interval.high, expected.pvalue))
+
+
+def test_a_lower_loss_is_as_significant_as_a_higher_one():
+    """Differences of the opposite sign: the mirrored interval and the same p."""
+    values = np.random.default_rng(2).normal(0.3, 1, 12)
+    above, below = estimate([documents(values)]), estimate([documents(-values)])
+    assert below == pytest.approx((-above.mean, -above.high, -above.low, above.p))
+
+
 def test_two_domains_give_welchs_t():
     """The average of two domains is half a difference: that of a domain and the other, negated."""
     rng = np.random.default_rng(1)
@@ -53,6 +68,7 @@ def test_documents_of_different_lengths_by_hand():
         [documents([3.0])],  # one document
         [documents([3.0, 0.1], [1000, 1])],  # nearly one
         [documents(np.arange(50.0)), documents([3.0])],  # in one of the domains
+        [documents(np.zeros(50)), documents([0.0, 0.0], [1000, 1])],  # of two equal models
     ],
 )
 def test_too_few_documents_give_no_interval(domains):

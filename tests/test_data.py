@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import write_shards
 
 import data
 from cli import UserError
-from corpus.manifest import DOMAINS, read_manifest
+from corpus.manifest import DOMAINS, kinds_path, read_manifest
 from corpus.shards import ShardWriter
 
 
@@ -35,6 +37,13 @@ def test_windows_make_each_token_a_target_once(folder):
     targets = np.concatenate([split.window(0, i)[1:] for i in range(10)])
     assert targets.tolist() == list(range(1, 101))
     assert split.window(1, 0).tolist() == list(range(1000, 1011))
+
+
+def test_a_window_needs_all_of_its_targets(tmp_path):
+    """Of 20 tokens, 19 can be targets."""
+    folder = write_shards(tmp_path, {"c4": {"train": np.arange(20), "val": np.arange(21)}})
+    assert open_split(folder).n_windows.tolist() == [1]
+    assert open_split(folder, "val").n_windows.tolist() == [2]
 
 
 def test_windows_do_not_cross_shards(tmp_path):
@@ -179,6 +188,26 @@ def test_wrong_counts_are_not_used(case, monkeypatch):
     assert min(steps) == 0  # counted again from the start
 
 
+def test_the_next_step_counts_on_from_the_last_one(monkeypatch):
+    sampler = new_sampler()
+    sampler.draw(50)
+    steps = counted_steps(monkeypatch)
+    sampler.draw(51)
+    assert steps == [50, 51]
+
+
+@pytest.mark.parametrize("raw, domain", [(0, 1), (2**64 - 1, 10)])
+def test_no_random_number_draws_a_domain_without_weight(monkeypatch, raw, domain):
+    """The smallest one draws the first domain in use; the largest one the last, although ten
+    times 0.1 adds up to less than 1.
+    """
+    generator = SimpleNamespace(random_raw=lambda n: np.full(n, raw, dtype=np.uint64))
+    monkeypatch.setattr(np.random, "Philox", lambda key: generator)
+    weights = np.array([0.0, *[0.1] * 10, 0.0])
+    sampler = data.DomainSampler(weights, np.full(12, 3), 4, seed=1)
+    assert sampler.draw(0)[:, 0].tolist() == [domain] * 4
+
+
 def test_sampler_is_stable_across_versions_of_numpy():
     sampler = data.DomainSampler(np.full(7, 1 / 7), np.full(7, 1000), 6, seed=42)
     assert sampler.draw(5).tolist() == [[2, 525], [3, 322], [1, 371], [1, 217], [6, 243], [6, 606]]
@@ -214,8 +243,27 @@ def test_uniform_means_the_domains_of_the_data(tmp_path):
     assert data.probabilities("web=3,c4=1") == {"web": 0.75, "c4": 0.25}
 
 
+def test_numbers_of_a_mixture_may_be_0_and_stand_apart():
+    assert data.probabilities("cc = 0.5, c4 = 0.5") == {"cc": 0.5, "c4": 0.5}
+    assert data.probabilities("c4=0,cc=2") == {"c4": 0, "cc": 1}
+    assert data.probabilities("natural") is None and data.probabilities("uniform") is None
+
+
 @pytest.mark.parametrize(
-    "text", ["", "c4", "c4=", "=1", "c4=-1", "c4=nan", "c4=inf", "c4=0", "c4=1,,cc=1", "unifrom"]
+    "text",
+    [
+        "c4=-1,cc=2",
+        "",
+        "c4",
+        "c4=",
+        "=1",
+        "c4=-1",
+        "c4=nan",
+        "c4=inf",
+        "c4=0",
+        "c4=1,,cc=1",
+        "unifrom",
+    ],
 )
 def test_mixtures_that_are_none(text):
     with pytest.raises(UserError, match="expected uniform, natural, doge.*such as cc=0.5,c4=0.5"):
@@ -225,6 +273,75 @@ def test_mixtures_that_are_none(text):
 def test_empty_domain_of_a_mixture(folder):
     with pytest.raises(UserError, match="'c4cc' asks for cc, c4.*it has: arxiv, wikipedia"):
         data.mixture_weights("c4cc", open_split(folder))
+
+
+def test_a_domain_too_short_for_a_window(tmp_path):
+    """It is not drawn: "natural" takes what there is, the others want all that they name."""
+    tokens = {"c4": 200, "cc": 8, "book": 100}
+    shards = {d: {"train": np.arange(n), "val": np.arange(20)} for d, n in tokens.items()}
+    split = open_split(write_shards(tmp_path, shards))
+    assert split.domains == ("book", "cc", "c4")
+    assert data.mixture_weights("natural", split) == pytest.approx([1 / 3, 0, 2 / 3])
+    assert data.mixture_weights("c4=1,cc=0,web=0", split).tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match="'c4cc' asks for cc, but"):
+        data.mixture_weights("c4cc", split)
+
+
+def test_a_domain_that_is_held_out_is_not_asked_for(tmp_path):
+    tokens = {"c4": {"train": np.arange(50), "val": np.arange(20)}, "cc": {"val": np.arange(20)}}
+    folder = write_shards(tmp_path, tokens)
+    manifest = read_manifest(folder)
+    manifest["source"]["holdout"] = ["cc"]
+    split = data.Split(folder, manifest, "train", 10)
+    assert data.mixture_weights("c4cc", split).tolist() == [1]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(folder):
+    manifest = read_manifest(folder)
+    for n_vocab in (101, 100):
+        manifest["tokenizer"]["n_vocab"] = n_vocab
+        split = data.Split(folder, manifest, "train", 10)
+        assert split.window(0, 8).max() == 90
+        if n_vocab == 101:
+            assert split.window(0, 9).max() == 100
+            continue
+        with pytest.raises(UserError, match="expected tokens 90 to 100, each below 100"):
+            split.window(0, 9)
+
+
+def test_shards_that_are_cut_short_or_removed_during_the_run(folder):
+    split = open_split(folder)
+    shard = folder / "arxiv" / "train_00000.npy"
+    os.truncate(shard, shard.stat().st_size - 2)
+    assert split.window(0, 8).tolist() == list(range(80, 91))
+    with pytest.raises(UserError, match="arxiv/train_00000.npy was changed: expected tokens 90"):
+        split.window(0, 9)
+    (folder / "wikipedia" / "train_00000.npy").unlink()
+    with pytest.raises(UserError, match="wikipedia/train_00000.npy cannot be read"):
+        split.window(1, 0)
+
+
+@pytest.mark.parametrize("dtype, shape", [("<i2", (101,)), (">u2", (101,)), ("<u2", (1, 101))])
+def test_a_shard_is_a_row_of_uint16(folder, dtype, shape):
+    """Files of the right size with other numbers in them."""
+    shard = folder / "arxiv" / "train_00000.npy"
+    size = shard.stat().st_size
+    np.save(shard, np.zeros(shape, dtype=dtype))
+    assert shard.stat().st_size == size
+    with pytest.raises(UserError, match="arxiv/train_00000.npy holds .* not a row of uint16"):
+        open_split(folder).window(0, 0)
+
+
+def test_the_index_of_the_kinds_is_missing(tmp_path):
+    write_shards(tmp_path, {"c4": {"train": np.zeros(1), "val": np.arange(30)}})
+    writer = ShardWriter(tmp_path, "c4", "train", 45)
+    writer.add(np.arange(40, dtype=np.uint16), 40, "noise")
+    manifest = read_manifest(tmp_path)
+    manifest["domains"]["c4"]["train"] = writer.close()
+    assert data.Split(tmp_path, manifest, "train", 10).kinds == ("noise",)
+    kinds_path(tmp_path / "c4" / "train_00000.npy").unlink()
+    with pytest.raises(UserError, match="kinds.npy is missing"):
+        data.Split(tmp_path, manifest, "train", 10)
 
 
 def test_missing_and_short_shards(folder):

@@ -1,6 +1,8 @@
 """A whole Trainer against the formulas, in float64: weights, clipping, AdamW, schedule."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from corpus.manifest import DOMAINS
 from data import Batch
 from model import GPT, GPTConfig
 from recipe import TrainConfig
-from step import Trainer, seed_noise
+from reweight import domain_means
+from step import Guard, Trainer, seed_noise
 
 G, T, V, STEPS = 8, 12, 32, 5
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=T, vocab_size=V, dropout=0.0)
@@ -149,3 +152,214 @@ def test_the_optimizers_defaults_are_the_published_ones(optimizer_key, value):
     config = TrainConfig(block_size=T, micro_batch_size=4)
     trainer = Trainer(GPT(SHAPE), config, len(DOMAINS), torch.device("cpu"))
     assert all(group[optimizer_key] == value for group in trainer.optimizer.param_groups)
+
+
+# Parts of a step, each on its own: clipping hides a wrong scale of the weights from the test above
+
+
+def new_trainer(shape: GPTConfig = SHAPE, **settings) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainConfig(**{**SETTINGS, "reweight_warmup_steps": 0, **settings})
+    return Trainer(GPT(shape), config, len(DOMAINS), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("B, scope", [(8, "global"), (4, "global"), (4, "micro"), (2, "micro")])
+@pytest.mark.parametrize("norm", ["minmax", "domain"])
+def test_weights_are_those_of_the_samples_that_are_weighted_together(B, scope, norm):
+    """All of the batch, or one micro-batch; their losses minus the domains' means, if so asked."""
+    trainer = new_trainer(micro_batch_size=B, reweight_scope=scope, reweight_norm=norm)
+    trainer.domain_losses[:] = torch.tensor([[3.0] * 3 + [1.0] * 4, [1.0] * len(DOMAINS)])
+    result = trainer.step(0, batch_of(0))
+    losses = result.losses
+    if norm == "domain":
+        losses = losses - torch.tensor([3.0, 3, 3, 1, 1, 1, 1, 3])
+    together = B if scope == "micro" else G
+    expected = torch.cat([linupper(part, 0.3) for part in losses.split(together)])
+    torch.testing.assert_close(result.weights, expected * together / G)
+
+
+def test_the_uniform_step_is_the_gradient_of_the_mean_loss():
+    result = new_trainer(reweight="uniform").step(0, batch_of(0))
+    assert result.weights.tolist() == [1 / G] * G
+    model = new_trainer().raw
+    x, y, *_ = batch_of(0)
+    model(x, y).mean().backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    torch.testing.assert_close(result.grad_norm, norm)
+
+
+@pytest.mark.parametrize(
+    "settings, passes",
+    [
+        ({"reweight": "uniform"}, 2),
+        ({}, 4),  # linupper
+        ({"micro_batch_size": G}, 1),
+        ({"reweight_scope": "micro"}, 2),
+    ],
+)
+def test_only_weights_over_several_micro_batches_need_a_second_forward_pass(settings, passes):
+    trainer, calls = new_trainer(**settings), []
+    trainer.raw.register_forward_hook(lambda *_: calls.append(1))
+    trainer.step(0, batch_of(0))
+    assert len(calls) == passes
+
+
+def test_the_first_step_sets_the_domains_mean_losses():
+    """Eight samples of seven domains: the last one is of the first domain again."""
+    trainer = new_trainer(reweight_norm="domain")
+    losses = trainer.step(0, batch_of(0)).losses.tolist()
+    expected = [(losses[0] + losses[7]) / 2, *losses[1:7]]
+    assert domain_means(trainer.domain_losses).tolist() == pytest.approx(expected)
+
+
+def test_a_trainer_continues_from_the_state_of_another():
+    settings = {"reweight_norm": "domain", "skip_grad_norm": 5.0}
+    trainer, resumed = new_trainer(**settings), new_trainer(**settings)
+    for step in range(3):
+        trainer.step(step, batch_of(step))
+    resumed.load_state(*trainer.state_dict())
+    assert torch.equal(resumed.guard.norms, trainer.guard.norms)
+    for expected, got in zip(
+        trainer.step(3, batch_of(3)), resumed.step(3, batch_of(3)), strict=True
+    ):
+        assert torch.equal(got, expected)
+    assert torch.equal(resumed.domain_losses, trainer.domain_losses)
+
+
+def assert_skipped(trainer: Trainer) -> None:
+    """The next step is not taken, and it changes neither parameters nor running losses."""
+    before = [p.detach().clone() for p in trainer.raw.parameters()]
+    domain_losses = trainer.domain_losses.clone()
+    assert not trainer.step(1, batch_of(1)).taken
+    assert all(map(torch.equal, before, trainer.raw.parameters()))
+    assert torch.equal(trainer.domain_losses, domain_losses)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "linupper"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_skips_the_step(strategy, bad):
+    """Even where its own gradient is finite."""
+    trainer = new_trainer(reweight=strategy, reweight_norm="domain")
+    assert trainer.step(0, batch_of(0)).taken
+    forward = trainer.raw.forward
+    addend = torch.tensor([0.0, bad, 0.0, 0.0])[:, None]
+    trainer.raw.forward = lambda *args: forward(*args) + addend
+    assert_skipped(trainer)
+
+
+def test_a_gradient_that_overflows_skips_the_step():
+    trainer = new_trainer(reweight_norm="domain")
+    assert trainer.step(0, batch_of(0)).taken
+    gain = trainer.raw.ln_f.weight
+    gain.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    assert_skipped(trainer)
+
+
+def test_noise_differs_between_steps_and_micro_batches():
+    """And is the same again where both are the same; also with the largest seed."""
+    for seed in (42, 2**63 - 1):
+        trainer = new_trainer(replace(SHAPE, dropout=0.5), seed=seed)
+        row = torch.arange(T + 1).expand(G, -1)
+        x, y = row[:, :-1], row[:, 1:]
+
+        def losses(step, first, trainer=trainer, x=x, y=y):
+            return tuple(trainer.sample_losses(step, x, y, first).tolist())
+
+        places = [(step, first) for step in range(4) for first in range(0, G, 4)]
+        noisy = [losses(*place) for place in places]
+        assert len(set(noisy)) == len(places)
+        assert [losses(*place) for place in places] == noisy
+
+
+@pytest.mark.parametrize(
+    "compile, modes", [("off", []), ("on", [None]), ("graphs", ["reduce-overhead"])]
+)
+def test_the_model_is_compiled_as_asked(monkeypatch, compile, modes):
+    seen = []
+    monkeypatch.setattr(GPT, "compile", lambda self, mode=None: seen.append(mode))
+    new_trainer(compile=compile)
+    assert seen == modes
+
+
+def test_ways_of_saving_memory_reach_the_model():
+    model = new_trainer(loss_chunk=7, recompute="full").raw
+    assert (model.loss_chunk, model.recompute) == (7, "full")
+
+
+@pytest.mark.parametrize("device, seeded", [("cpu", []), ("cuda", ["cuda"]), ("mps", ["mps"])])
+def test_the_noise_of_the_device_in_use_is_seeded_too(monkeypatch, device, seeded):
+    seen, generator = [], torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: seen.append("mps"))
+    generator.manual_seed(1)
+    seed_noise(torch.device(device), 5)
+    if generator.initial_seed() == 5:
+        seen.append("cuda")
+    assert seen == seeded and torch.default_generator.initial_seed() == 5
+
+
+class NoUpdate(torch.optim.SGD):
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reweight": "uniform"}, {"reweight_norm": "domain", "max_weight": 1.5}], ids=str
+)
+def test_all_tensors_of_a_step_are_on_its_device(monkeypatch, settings):
+    """The meta device stands for a GPU: its tensors have no values, and do not mix with others."""
+    monkeypatch.setattr("step.make_optimizer", lambda model, _: NoUpdate(model.parameters()))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    config = TrainConfig(
+        **{**SETTINGS, "reweight_warmup_steps": 0, "skip_grad_norm": 5, **settings}
+    )
+    trainer = Trainer(GPT(SHAPE), config, len(DOMAINS), torch.device("meta"))
+    result = trainer.step(200, batch_of(0))
+    tensors = [*result, trainer.domain_losses, trainer.guard.norms, trainer.guard.halted]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+# The guard
+
+
+def guard_after(norms: list[float], skip_grad_norm: float = 0.0, on_nonfinite="skip") -> Guard:
+    """A guard that has seen a step with each of these gradient norms."""
+    guard = Guard(torch.device("cpu"), skip_grad_norm, on_nonfinite)
+    for step, norm in enumerate(torch.tensor(norms)):
+        taken = norm.isfinite() & (norm <= guard.limits(step)[0])
+        guard.add(step, norm, taken)
+    return guard
+
+
+@pytest.mark.parametrize(
+    "steps, median",
+    [
+        (0, math.inf),
+        (49, math.inf),  # too few to tell
+        (50, 125),  # of 150 to 101
+        (51, 125),
+        (100, 100),  # of 150 to 51
+        (150, 50),  # of the newest hundred, 100 to 1
+    ],
+)
+def test_a_spike_is_a_norm_above_ten_medians_of_the_newest_hundred(steps, median):
+    falling = [150.0 - step for step in range(steps)]
+    assert guard_after(falling).limits(steps).tolist() == [math.inf, 10 * median]
+    assert guard_after(falling, skip_grad_norm=5.0).limits(steps).tolist() == [5 * median] * 2
+
+
+def test_norms_of_skipped_steps_do_not_count():
+    """Nor are they taken for norms of 0: each leaves the norm of the step a hundred before."""
+    norms = [150.0 - step for step in range(100)]
+    expected = guard_after(norms, skip_grad_norm=5.0).limits(200).tolist()
+    skipped = guard_after([*norms, math.nan, math.inf, 1e6], skip_grad_norm=5.0)
+    assert skipped.limits(200).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_after_a_norm_that_is_not_finite_no_step_is_taken_if_so_asked(bad):
+    stopping = guard_after([1.0, bad, 0.0, 1.0], on_nonfinite="stop")
+    assert stopping.limits(4)[0] < 0
+    assert guard_after([1.0, 1.0], on_nonfinite="stop").limits(2)[0] == math.inf
+    assert guard_after([1.0, bad], on_nonfinite="skip").limits(2)[0] == math.inf

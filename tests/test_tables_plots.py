@@ -369,6 +369,11 @@ def test_the_curve_is_read_where_it_first_comes_down():
     assert minutes_to(30, trained) == pytest.approx(40 / 60)
 
 
+def test_training_time_is_counted_from_step_0():
+    """Also before the first log line: at 2 seconds a step, step 5 of 20 comes after 10 seconds."""
+    assert minutes_to(5, curve([])["trained"]) == pytest.approx(10 / 60)
+
+
 def test_the_speedup_table(tmp_path):
     runs = []
     for s, k, losses in (
