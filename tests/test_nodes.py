@@ -131,7 +131,8 @@ def test_gloo_uses_the_network_interface_of_nccl(tmp_path, variables, expected):
     (tmp_path / "srun").write_text('#!/bin/sh\necho "gloo ${GLOO_SOCKET_IFNAME:-none} $*"\n')
     (tmp_path / "srun").chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "SLURM_JOB_ID": "17", **variables}
+    active = {"VIRTUAL_ENV": str(tmp_path)}  # never the checkout's own .venv, which would be filled
+    env = {"PATH": path, **active, "SLURM_JOB_ID": "17", **variables}
     env |= {"SLURM_NNODES": "2", "SLURMD_NODENAME": "gpu3"}
     process = ["bash", "scripts/slurm/train.sbatch", "config/tiny_cpu.py", "--out_dir", "a b"]
     done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, env=env)
