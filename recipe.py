@@ -47,7 +47,7 @@ class TrainConfig:
     max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
     reweight_unit: Literal["token", "byte"] = "token"  # losses are compared per token or byte
     reweight_ref: str = ""  # subtract a reference's losses: a run folder, or eval/score_windows.py
-    reweight_control: Literal["none", "shuffled"] = "none"  # shuffled: weights go to other samples
+    reweight_control: Literal["none", "shuffled", "within"] = "none"  # shuffle them, or in domains
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
 

@@ -112,6 +112,16 @@ def shuffled_order(n: int, *key: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def order_within(order: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """(n,) an order of samples -> an order in which each place holds a sample of its own group.
+
+    group: (n,) int of each sample. The samples of a group come in the order they had.
+    """
+    within = np.empty_like(order)
+    within[np.argsort(group, kind="stable")] = order[np.argsort(group[order], kind="stable")]
+    return within
+
+
 def cap_weights(weights: Tensor, cap: float) -> Tensor:
     """(N,) weights that sum to 1 -> min(cap, scale * weights) that sum to 1; needs cap >= 1/N.
 

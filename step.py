@@ -8,13 +8,20 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data import Batch
 from model import GPT
 from recipe import TrainConfig, lr_at, r_at
-from reweight import domain_means, sample_weights, shuffled_order, track_domain_losses
+from reweight import (
+    domain_means,
+    order_within,
+    sample_weights,
+    shuffled_order,
+    track_domain_losses,
+)
 from runtime import distributed
 from runtime.telemetry import StepResult
 
@@ -95,7 +102,7 @@ class Trainer:
             domain = batch.domain.to(self.device, non_blocking=True)  # (G,)
             view = view.minus(self.expected_losses(domain, len(x)))
         limits = self.guard.limits(step)
-        losses, weights = self.backward(step, x, y, view)
+        losses, weights = self.backward(step, x, y, view, batch.pairs)
 
         clip = self.config.grad_clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
@@ -132,8 +139,13 @@ class Trainer:
         first = distributed.ranks().rank * n
         return domain_means(self.domain_losses)[domain[first : first + n]]
 
-    def backward(self, step: int, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Gradients of sum_i w_i l_i over the global batch -> (n,) losses and (n,) weights."""
+    def backward(
+        self, step: int, x: Tensor, y: Tensor, view: View, pairs: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of sum_i w_i l_i over the global batch -> (n,) losses and (n,) weights.
+
+        pairs: (G, 2) domain and window of the global batch, for reweight_control = "within".
+        """
         config, world_size = self.config, distributed.ranks().world_size
         n, B = len(x), config.micro_batch_size
         starts = range(0, n, B)  # of the micro-batches
@@ -146,7 +158,7 @@ class Trainer:
             # A pass of its own: the weights need all G losses before the first backward.
             with torch.no_grad():
                 losses = torch.cat([self.sample_losses(step, x, y, i) for i in starts])
-            weights = self.own_weights(step, strategy, view.of(losses))
+            weights = self.own_weights(step, strategy, view.of(losses), pairs)
 
         results = []
         for i in starts:
@@ -155,7 +167,7 @@ class Trainer:
                 if weights is not None:
                     w = weights[i : i + B]
                 else:
-                    w = self.own_weights(step, strategy, view.of(losses.detach(), i), i)
+                    w = self.own_weights(step, strategy, view.of(losses.detach(), i), pairs, i)
                     w = w / len(starts)
                 # 0 * loss is NaN for a loss that is not finite, so that the gradient's average is
                 # NaN on every rank. This is the one place for the factor W: gradients are averaged
@@ -179,9 +191,12 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return self.model(x[rows], y[rows]).mean(1)
 
-    def own_weights(self, step: int, strategy: str, losses: Tensor, first: int = 0) -> Tensor:
+    def own_weights(
+        self, step: int, strategy: str, losses: Tensor, pairs: np.ndarray, first: int = 0
+    ) -> Tensor:
         """(m,) what the weights see of this rank's losses -> (m,) weights among those of all ranks.
 
+        pairs: (G, 2) domain and window of the global batch.
         first: the first sample of the micro-batch, if the weights are those of a micro-step.
         """
         config, rank, m = self.config, distributed.ranks().rank, len(losses)
@@ -193,10 +208,14 @@ class Trainer:
             config.reweight_norm,
             config.max_weight,
         )
-        if config.reweight_control == "shuffled":
+        if config.reweight_control != "none":
             # The same weights on other samples: all that they do, but for their direction.
-            order = torch.from_numpy(shuffled_order(len(weights), config.seed, step, first))
-            weights = weights[order.to(self.device, non_blocking=True)]
+            order = shuffled_order(len(weights), config.seed, step, first)
+            if config.reweight_control == "within":
+                domain = pairs[:, 0].reshape(distributed.ranks().world_size, -1)
+                order = order_within(order, domain[:, first : first + m].reshape(-1))
+            order = torch.from_numpy(order).to(self.device, non_blocking=True)
+            weights = weights[order]
         return weights[rank * m : (rank + 1) * m]
 
     def state_dict(self) -> tuple[tuple[dict, dict], dict]:

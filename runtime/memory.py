@@ -221,8 +221,9 @@ def describe_weights(config: TrainConfig, A: int) -> str:
     parts.append(f"over each {config.reweight_scope} batch")
     if config.reweight_unit == "byte":
         parts.append("losses per byte")
-    if config.reweight_control == "shuffled":
-        parts.append("shuffled over the samples, as a control")
+    if config.reweight_control != "none":
+        place = "all samples" if config.reweight_control == "shuffled" else "each domain"
+        parts.append(f"shuffled among those of {place}, as a control")
     if A > 1 and config.reweight_scope == "global":
         parts.append("with a first pass for the losses (about a third more compute)")
     return ", ".join(parts)

@@ -56,7 +56,7 @@ VARIANTS["robust"] = ROBUST
 VARIANTS["other"] = {
     "reweight": "linupper",
     "reweight_unit": "byte",
-    "reweight_control": "shuffled",
+    "reweight_control": "within",
 }
 # Dropout and the ways of saving memory do not depend on the strategy, so three are enough.
 FEW_VARIANTS = ("uniform", "linupper", "robust")
@@ -98,7 +98,8 @@ def batch_of(step: int) -> Batch:
     """This rank's part of a step's global batch."""
     rank, _, W = distributed.ranks()
     rows = global_batch(step)[rank * G // W : (rank + 1) * G // W]
-    return Batch(rows[:, :-1], rows[:, 1:], domains(), None)
+    pairs = np.stack([domains(), np.arange(G)], axis=1)
+    return Batch(rows[:, :-1], rows[:, 1:], domains(), pairs)
 
 
 def small_model(dropout: float) -> GPT:
@@ -133,7 +134,7 @@ def one_step(trainer: Trainer, variant: str) -> dict:
     backward = trainer.backward
     if variant == "robust":
         view = View(offset=trainer.expected_losses(batch.domain, len(batch.x)))
-        trainer.backward = lambda step, x, y, _: backward(step, x, y, view)
+        trainer.backward = lambda step, x, y, _, pairs: backward(step, x, y, view, pairs)
     result = trainer.step(3, batch)
     trainer.backward = backward
     return {

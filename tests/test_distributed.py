@@ -14,6 +14,7 @@ from layout_worker import (
     WAYS,
     G,
     T,
+    domains,
     expected_losses,
     global_batch,
     small_model,
@@ -110,7 +111,10 @@ def reference_weights(losses, variant):
     if variant == "other":
         n_bytes = BYTE_LENGTHS[global_batch()[:, 1:]].sum(1).numpy()
         weights = reference(losses * T / n_bytes, "linupper", r=0.4)
-        return weights[shuffled_order(G, 42, 3, 0)]
+        order = shuffled_order(G, 42, 3, 0).tolist()
+        domain = domains().tolist()
+        of_domain = [[i for i in order if domain[i] == d] for d in range(3)]
+        return weights[[of_domain[d].pop(0) for d in domain]]  # the control "within"
     if variant != "robust":
         return reference(losses, variant, r=0.4)
     losses = losses - expected_losses().numpy()

@@ -15,6 +15,7 @@ from reweight import (
     cap_weights,
     domain_means,
     normalize_losses,
+    order_within,
     sample_weights,
     shuffled_order,
     track_domain_losses,
@@ -120,6 +121,16 @@ def test_a_shuffled_order_is_stable_and_is_one():
     assert shuffled_order(6, 42, 3, 0).tolist() == [1, 3, 2, 4, 5, 0]
     orders = {tuple(shuffled_order(5, 42, step, 0)) for step in range(50)}
     assert len(orders) > 30 and all(sorted(order) == list(range(5)) for order in orders)
+
+
+def test_an_order_within_groups_moves_no_sample_to_another_group():
+    group = np.array([2, 0, 1, 0, 2, 2, 0])
+    order = shuffled_order(7, 42)
+    within = order_within(order, group)
+    assert sorted(within) == list(range(7))
+    assert (group[within] == group).all()
+    for g in range(3):  # each group's samples come as they did
+        assert within[group == g].tolist() == [i for i in order if group[i] == g]
 
 
 def test_delta_bounds_the_normalised_losses():
