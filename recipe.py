@@ -51,10 +51,11 @@ class TrainConfig:
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
 
-    # Batch and optimizer: AdamW with a cosine schedule.
+    # Batch and optimizer: AdamW or Muon with a cosine schedule.
     global_batch_size: int = 32  # sequences per optimizer step, over all ranks and micro-steps
     micro_batch_size: int = 0  # sequences per rank and forward pass; 0: global batch / ranks
     max_steps: int = 20_000  # optimizer steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, at AdamW's rate
     learning_rate: float = 5e-4  # highest learning rate
     min_lr: float = 1e-4  # learning rate at the last step
     warmup_steps: int = 500  # steps of linear warm-up, from 1e-7
@@ -176,6 +177,11 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"--skip_grad_norm {config.skip_grad_norm}: must be above 1 (the median), "
             "or 0 to skip none"
+        )
+    if config.optimizer == "muon" and config.parallel == "fsdp":
+        raise UserError(
+            "--optimizer muon --parallel fsdp: Muon needs whole matrices on every rank; use "
+            "--parallel ddp or --optimizer adamw"
         )
     if bool(config.r_start) != bool(config.r_steps):
         raise UserError(
@@ -301,6 +307,7 @@ def with_added_keys(saved: dict) -> dict:
         "data_order": "shuffled",
         "reweight_unit": "token",
         "reweight_control": "none",
+        "optimizer": "adamw",
         "reference": None,
         "mixture probabilities": None,
     }

@@ -5,7 +5,7 @@ G is the global batch and W the number of ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -285,13 +285,62 @@ class Guard:
             self.halted |= ~norm.isfinite()
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, none on biases and LayerNorm."""
+class MuonAndAdamW:
+    """Muon for the matrices of the blocks and AdamW for all other parameters, used as one.
+
+    found_inf: 1 makes step() change nothing, without asking the host. AdamW(fused=True) reads it;
+    torch's Muon does not know it, so what it has changed is put back.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        for matrix in muon.param_groups[0]["params"]:  # torch makes them in the first step
+            muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        """Both: what torch's get_state_dict and set_state_dict take."""
+        return iter((self.muon, self.adamw))
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        momenta = [state["momentum_buffer"] for state in self.muon.state.values()]
+        tensors = self.muon.param_groups[0]["params"] + momenta
+        before = [tensor.clone() for tensor in tensors]
+        self.muon.step()
+        for tensor, old in zip(tensors, before, strict=True):
+            torch.where(self.found_inf.bool(), old, tensor, out=tensor)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none)
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
+    """The config's optimizer, with weight decay on matrices, none on biases and LayerNorm.
+
+    Muon's step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so that one learning
+    rate serves both.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
+    by_muon = []
+    if config.optimizer == "muon":
+        in_blocks = set(model.h.parameters())
+        by_muon = [p for p in matrices if p in in_blocks]
+        matrices = [p for p in matrices if p not in in_blocks]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
+    lr, betas = config.learning_rate, (config.beta1, config.beta2)
+    adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
+    if not by_muon:
+        return adamw
+    muon = torch.optim.Muon(by_muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)

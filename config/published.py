@@ -14,6 +14,7 @@ reweight_scope = "global"
 max_weight = 0.0
 reweight_warmup_steps = 1_000
 max_steps = 20_000
+optimizer = "adamw"
 learning_rate = 5e-4
 min_lr = 1e-4
 warmup_steps = 500

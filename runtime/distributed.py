@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from cli import UserError
 
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 # torchrun's variables, and their values for a single process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
@@ -203,7 +204,7 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+def get_state(model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
     """A copy of the whole model and optimizer state by parameter name, on the CPU of rank 0.
 
     All ranks call it; it is empty on ranks other than 0.
@@ -216,13 +217,13 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict,
     return state
 
 
-def set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict, dict]) -> None:
+def set_state(model: nn.Module, optimizer: Optimizers, state: tuple[dict, dict]) -> None:
     """Load what get_state gave on rank 0, whatever the number of ranks was."""
     if next(model.parameters()).device.type == "cpu":
         # The optimizer would keep these very tensors, which may be mapped from a file.
         state = state[0], tree_map_only(Tensor, torch.clone, state[1])
     gradients = [parameter.grad for parameter in model.parameters()]
-    optimizer.zero_grad()  # torch creates no moments where there are gradients
+    model.zero_grad()  # torch creates no moments where there are gradients
     set_state_dict(
         model,
         optimizer,

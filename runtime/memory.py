@@ -31,6 +31,7 @@ def predict(
     dtype: str = "bfloat16",
     loss_chunk: int = 0,
     recompute: str = "none",
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
     """Bytes of each part at the moment of a step at which their sum is largest."""
     L, C, T = gpt.n_layer, gpt.n_embd, gpt.block_size
@@ -76,6 +77,10 @@ def predict(
     at_the_embedding = {"activations": n * 4 * C, "gradients": gradients + 4 * table}
     moments = [at_the_head, in_the_last_block, in_the_first_block, at_the_embedding]
     always = {"weights and moments": 12 * N / shards}
+    if optimizer == "muon":  # one moment of the blocks' matrices; copies of them and of it
+        always["weights and moments"] -= 4 * L * block_matrices
+        copies = 8 * L * block_matrices
+        moments.append({"gradients": 4 * N, "Muon": copies + 36 * C * C})
     if fsdp:  # embeddings and ln_f; this block and the next one, two blocks' gradients
         always["fetched"] = 4 * root + 4 * e * block_matrices
     return always | max(moments, key=lambda parts: sum(parts.values()))
@@ -138,6 +143,7 @@ def predict_for_config(config: TrainConfig, gpt: GPTConfig, W: int) -> dict[str,
         config.dtype,
         config.loss_chunk,
         config.recompute,
+        config.optimizer,
     )
 
 
@@ -196,8 +202,9 @@ def describe_memory(config: TrainConfig, gpt: GPTConfig, W: int) -> str:
 
 
 def describe_optimizer(config: TrainConfig) -> str:
+    names = {"adamw": "AdamW", "muon": "Muon for the blocks' matrices and AdamW for the rest"}
     parts = [
-        f"AdamW, learning rate {config.learning_rate} to {config.min_lr} after "
+        f"{names[config.optimizer]}, learning rate {config.learning_rate} to {config.min_lr} after "
         f"{config.warmup_steps:,} steps of warm-up",
         f"weight decay {config.weight_decay}",
         f"betas {config.beta1} and {config.beta2}",

@@ -4,7 +4,8 @@ The file OUT.pt holds a dictionary. Its keys and values, for every layout of W r
 
     (parallel, B, scope, dropout)    {variant: gradient, norm, losses, weights of one step}
     (parallel, way, dropout)         the same for each way of saving memory, with B = 4
-    (parallel, B or way, "train")    the losses of several steps, and whether a NaN changed anything
+    (parallel, B or way, "train")    what several steps do, and whether a NaN changes anything
+    (parallel, B, "muon")            the same with Muon
     (parallel, "bfloat16")           one step in bfloat16
 
 tests/test_distributed.py starts this file with W ranks and the argument OUT.pt.
@@ -165,13 +166,17 @@ def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
 
 
 def train(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
-    """Losses of AdamW steps, and whether steps with a NaN loss changed anything."""
+    """Losses of a few steps, the optimizer's state after the first of them, whether the ranks have
+    the same parameters (with FSDP: shares of them) in the end, and whether NaN losses change them.
+    """
     rank, _, W = distributed.ranks()
     trainer = trainer_of(dropout, B, parallel, reweight="linupper", **settings)
     losses = []
     for step in range(STEPS):
         result = trainer.step(step, batch_of(step % BATCHES))
         losses.append(distributed.gather(result.losses))
+        if step == 0:
+            (_, first), _ = trainer.state_dict()
     before = snapshot(trainer)
     forward = trainer.raw.forward
     addend = torch.zeros(B, 1)
@@ -184,14 +189,23 @@ def train(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
         assert not result.grad_norm.isfinite() and not result.taken
     pairs = zip(before, snapshot(trainer), strict=True)
     unchanged = all(torch.equal(a, b) for a, b in pairs)
-    return {"losses": torch.stack(losses), "unchanged": unchanged}
+    parameters = torch.cat([tensor.flatten() for tensor in before])
+    of_ranks = distributed.gather_objects((unchanged, parameters))
+    return {
+        "losses": torch.stack(losses),
+        "first": first,
+        "unchanged": all(unchanged for unchanged, _ in of_ranks),
+        "same on all ranks": all(torch.equal(own, parameters) for _, own in of_ranks),
+    }
 
 
 def snapshot(trainer: Trainer) -> list[torch.Tensor]:
     """This rank's parameters, moments and step counts."""
     tensors = list(trainer.raw.parameters())
-    for state in trainer.optimizer.state.values():
-        tensors += state.values()
+    optimizer = trainer.optimizer
+    for part in [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer:
+        for state in part.state.values():
+            tensors += state.values()
     return [getattr(t, "_local_tensor", t).detach().clone() for t in tensors]
 
 
@@ -203,6 +217,8 @@ def main() -> None:
         if ranks == W:
             results[parallel, B, "global", 0.0] = one_step_of_each(VARIANTS, 0.0, B, parallel)
             results[parallel, B, "train"] = train(B, parallel)
+            if parallel == "ddp":
+                results[parallel, B, "muon"] = train(B, parallel, optimizer="muon")
     for parallel in ("ddp", "fsdp") if W > 1 else ("ddp",):
         results[parallel, 4, "global", 0.2] = one_step_of_each(FEW_VARIANTS, 0.2, 4, parallel)
         if (W, parallel) in MICRO_LAYOUTS:

@@ -29,6 +29,8 @@ SHAPES = {
     "chunks in bfloat16": Case(LARGE_HEAD, 8, {"loss_chunk": 64, "dtype": "bfloat16"}),
     "accumulation": Case(LARGE_HEAD, 8, A=2),
     "gradients": Case(WIDE, 2),
+    "Muon": Case(replace(WIDE, n_layer=1), 2, {"optimizer": "muon"}),
+    "Muon's momentum": Case(WIDE, 64, {"optimizer": "muon"}),
 }
 
 

@@ -74,6 +74,7 @@ CASES = [
     {**WEIGHTED, "reweight_unit": "byte", "reweight_control": "within"},
     {"grad_clip": 0.0},
     {"dtype": "bfloat16"},
+    {"optimizer": "muon"},
 ]
 
 

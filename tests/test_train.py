@@ -317,12 +317,14 @@ def test_weight_decay_is_on_matrices_only():
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
-def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch, optimizer):
     """A replayed CUDA graph writes its gradients where it wrote the last ones.
 
     In this test that memory becomes NaN when a forward pass begins.
     """
     config = TrainConfig(
+        optimizer=optimizer,
         global_batch_size=4,
         micro_batch_size=2,
         reweight="linupper",
@@ -402,6 +404,7 @@ PUBLISHED = {  # what the public code sets; and how a dry run says so
     "max_weight": (0.0, "no cap"),
     "reweight_warmup_steps": (1000, "after 1,000 uniform steps"),
     "max_steps": (20_000, "20,000 steps"),
+    "optimizer": ("adamw", "optimizer  AdamW, learning rate"),
     "learning_rate": (0.0005, "learning rate 0.0005 to 0.0001"),
     "min_lr": (0.0001, "learning rate 0.0005 to 0.0001"),
     "warmup_steps": (500, "after 500 steps of warm-up"),
@@ -507,6 +510,10 @@ WRONG = {  # case -> flags, words of the error
     "window too long": (["--block_size=100000000"], ["--block_size"]),
     "no such device": (["--device=mps"], ["mps", "--device auto"]),
     "CUDA graphs without CUDA": (["--compile=graphs"], ["--compile graphs", "use --compile on"]),
+    "Muon with FSDP": (
+        ["--optimizer=muon", "--parallel=fsdp"],
+        ["--optimizer muon --parallel fsdp", "whole matrices", "use --parallel ddp"],
+    ),
     "no such config": (["config/absent.py"], ["config/absent.py", "not found"]),
     "stray argument": (["linupper"], ["'linupper'"]),
 }
