@@ -16,6 +16,8 @@ from reweight import NORMS, STRATEGIES
 
 # Of matrix products. tf32: float32 numbers, multiplied with 10 bits of precision on tensor cores.
 DTYPES = ("float32", "tf32", "bfloat16")
+# Which samples a step's weights go to: their own; any sample; any sample of the same domain.
+CONTROLS = ("none", "shuffled", "within")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainConfig:
     max_weight: float = 0.0  # cap on a weight, as a multiple of 1 / global batch; 0: no cap
     reweight_unit: Literal["token", "byte"] = "token"  # losses are compared per token or byte
     reweight_ref: str = ""  # subtract a reference's losses: a run folder, or eval/score_windows.py
-    reweight_control: Literal["none", "shuffled", "within"] = "none"  # shuffle them, or in domains
+    reweight_control: Literal[CONTROLS] = "none"  # shuffle the weights; within: in each domain
     reweight_warmup_steps: int = 1_000  # uniform steps before the strategy starts
     reweight_scope: Literal["global", "micro"] = "global"  # weights per global or micro-batch
 

@@ -288,8 +288,8 @@ class Guard:
 class MuonAndAdamW:
     """Muon for the matrices of the blocks and AdamW for all other parameters, used as one.
 
-    found_inf: 1 makes step() change nothing, without asking the host. AdamW(fused=True) reads it;
-    torch's Muon does not know it, so what it has changed is put back.
+    found_inf: 1 makes step() change nothing, without asking the host. AdamW(fused=True) reads it.
+    torch's Muon does not, so the matrices and their momentum are put back as they were.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
@@ -307,14 +307,16 @@ class MuonAndAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
+        """Both updates, or none where found_inf is 1."""
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
         momenta = [state["momentum_buffer"] for state in self.muon.state.values()]
         tensors = self.muon.param_groups[0]["params"] + momenta
         before = [tensor.clone() for tensor in tensors]
         self.muon.step()
+        is_skipped = self.found_inf.bool()
         for tensor, old in zip(tensors, before, strict=True):
-            torch.where(self.found_inf.bool(), old, tensor, out=tensor)
+            torch.where(is_skipped, old, tensor, out=tensor)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self:

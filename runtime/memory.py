@@ -49,10 +49,9 @@ def predict(
     gradients_before = 4 * N / shards if A > 1 or (W > 1 and not fsdp) else 0
     gradients_after = max(gradients_before, 4 * (N - root) / shards + 4 * root)
     # The head's part of the embedding's gradient, until the embedding's own part joins it.
-    head_gradient = 4 * table if gradients_before and not fsdp else 0
-    bf16_copies = 0  # of the float32 weights, which autocast makes
-    if bf16 and not fsdp:
-        bf16_copies = 2 * block_matrices * (L if recompute == "none" else 1)
+    gradients_after += 4 * table if gradients_before and not fsdp else 0
+    copied_blocks = L if recompute == "none" else 1  # of float32 weights, by autocast
+    bf16_copies = 2 * block_matrices * copied_blocks if bf16 and not fsdp else 0
     mask_bytes = 1 if device == "cuda" else 4  # of a number in the first dropout
     mask = mask_bytes if gpt.dropout > 0 else 0
 
@@ -67,23 +66,28 @@ def predict(
         "bfloat16 weights": bf16_copies,
         "gradients": gradients_before + 4 * table + (0 if fsdp else 16 * C * C),
     }
-    gradients = gradients_after + head_gradient
     missing = 0 if gradients_before or fsdp else 32 * C * C  # its MLP's second matrix comes first
     in_the_first_block = {
         "activations": n * (saved + work),
         "bfloat16 weights": 2 * block_matrices if bf16_copies else 0,
-        "gradients": gradients - missing,
+        "gradients": gradients_after - missing,
     }
-    at_the_embedding = {"activations": n * 4 * C, "gradients": gradients + 4 * table}
+    at_the_embedding = {"activations": n * 4 * C, "gradients": gradients_after + 4 * table}
     moments = [at_the_head, in_the_last_block, in_the_first_block, at_the_embedding]
     always = {"weights and moments": 12 * N / shards}
-    if optimizer == "muon":  # one moment of the blocks' matrices; copies of them and of it
-        always["weights and moments"] -= 4 * L * block_matrices
-        copies = 8 * L * block_matrices
-        moments.append({"gradients": 4 * N, "Muon": copies + 36 * C * C})
+    if optimizer == "muon":
+        always["weights and moments"] -= 4 * L * block_matrices  # it keeps one moment, not two
+        moments.append(update_by_muon(L * block_matrices, C, N))
     if fsdp:  # embeddings and ln_f; this block and the next one, two blocks' gradients
         always["fetched"] = 4 * root + 4 * e * block_matrices
     return always | max(moments, key=lambda parts: sum(parts.values()))
+
+
+def update_by_muon(n_matrices: int, C: int, N: int) -> dict[str, float]:
+    """Bytes in the update: n_matrices and N are parameters, of the blocks' matrices and of all."""
+    copies = 8 * n_matrices  # of the matrices and their momentum, for a step that is skipped
+    newton_schulz = 36 * C * C  # of the largest matrix
+    return {"gradients": 4 * N, "Muon": copies + newton_schulz}
 
 
 def block_activations(

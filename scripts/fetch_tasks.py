@@ -58,7 +58,7 @@ def spaced(text: str) -> str:
 
 
 def from_logiqa2(text: str) -> Iterator[dict]:
-    """Questions of LogiQA 2.0: a line of JSON each, of which the prompt takes a part."""
+    """Questions of LogiQA 2.0. Each line is a JSON object; the prompt needs some of its fields."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -54,11 +54,13 @@ ROBUST = {
 }
 VARIANTS = {name: {"reweight": name} for name in STRATEGIES}
 VARIANTS["robust"] = ROBUST
-VARIANTS["other"] = {
-    "reweight": "linupper",
-    "reweight_unit": "byte",
-    "reweight_control": "within",
-}
+CONTROLS = ("shuffled", "within")
+for control in CONTROLS:
+    VARIANTS[control] = {
+        "reweight": "linupper",
+        "reweight_unit": "byte",
+        "reweight_control": control,
+    }
 # Dropout and the ways of saving memory do not depend on the strategy, so three are enough.
 FEW_VARIANTS = ("uniform", "linupper", "robust")
 WAYS = {
@@ -91,8 +93,8 @@ def expected_losses() -> torch.Tensor:
 
 
 def domains() -> torch.Tensor:
-    """(G,) domain of each sample of the global batch."""
-    return torch.arange(G) % 3
+    """(G,) domain of each sample of the global batch, in another pattern in each micro-batch."""
+    return torch.arange(G) ** 2 // 5 % 3
 
 
 def batch_of(step: int) -> Batch:
@@ -222,7 +224,8 @@ def main() -> None:
     for parallel in ("ddp", "fsdp") if W > 1 else ("ddp",):
         results[parallel, 4, "global", 0.2] = one_step_of_each(FEW_VARIANTS, 0.2, 4, parallel)
         if (W, parallel) in MICRO_LAYOUTS:
-            micro = one_step_of_each(STRATEGIES, 0.0, 4, parallel, reweight_scope="micro")
+            variants = [*STRATEGIES, *CONTROLS]
+            micro = one_step_of_each(variants, 0.0, 4, parallel, reweight_scope="micro")
             results[parallel, 4, "micro", 0.0] = micro
         if W > 2:
             continue

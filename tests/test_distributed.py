@@ -7,6 +7,7 @@ from conftest import command, expect_ok, write_shards
 from layout_worker import (
     BATCHES,
     BYTE_LENGTHS,
+    CONTROLS,
     FEW_VARIANTS,
     LAYOUTS,
     MICRO_LAYOUTS,
@@ -131,13 +132,8 @@ def test_a_step_in_bfloat16_is_near_the_one_in_float32(results, one, W, parallel
 
 def reference_weights(losses, variant):
     """Float64 weights of a variant at step 3 of tests/layout_worker.py."""
-    if variant == "other":
-        n_bytes = BYTE_LENGTHS[global_batch()[:, 1:]].sum(1).numpy()
-        weights = reference(losses * T / n_bytes, "linupper", r=0.4)
-        order = shuffled_order(G, 42, 3, 0).tolist()
-        domain = domains().tolist()
-        of_domain = [[i for i in order if domain[i] == d] for d in range(3)]
-        return weights[[of_domain[d].pop(0) for d in domain]]  # the control "within"
+    if variant in CONTROLS:
+        return control_weights(losses, variant, np.arange(G), 0)
     if variant != "robust":
         return reference(losses, variant, r=0.4)
     losses = losses - expected_losses().numpy()
@@ -145,7 +141,19 @@ def reference_weights(losses, variant):
     return reference(clipped, "linupper", r=2.0 - 1.6 * 0.3, cap=1.2)
 
 
-@pytest.mark.parametrize("variant", [*FORMULAS, "robust", "other"])
+def control_weights(losses, control, samples, first):
+    """Those of linupper per byte, weighted together, on other samples of them."""
+    n_bytes = BYTE_LENGTHS[global_batch()[samples, 1:]].sum(1).numpy()
+    weights = reference(losses * T / n_bytes, "linupper", r=0.4)
+    order = shuffled_order(len(samples), 42, 3, first).tolist()
+    if control == "shuffled":
+        return weights[order]
+    domain = domains()[samples].tolist()
+    of_domain = [[i for i in order if domain[i] == d] for d in range(3)]
+    return weights[[of_domain[d].pop(0) for d in domain]]
+
+
+@pytest.mark.parametrize("variant", [*FORMULAS, "robust", *CONTROLS])
 def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
     model, rows = small_model(0.0).double(), global_batch()
     logits = model(rows[:, :-1]).transpose(1, 2)
@@ -189,6 +197,21 @@ def test_micro_scope_weights_each_micro_step_on_its_own(results, W, parallel):
         for a in range(A):
             expected = reference(losses[:, a].ravel(), strategy, 0.4) / A
             np.testing.assert_allclose(weights[:, a].ravel(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("W, parallel", MICRO_LAYOUTS)
+def test_a_control_moves_weights_within_its_micro_step(results, W, parallel, control):
+    got = results(W)[parallel, 4, "micro", 0.0][control]
+    B = 4
+    A = G // (W * B)
+    samples, losses, weights = (
+        values.reshape(W, A, B)
+        for values in (np.arange(G), got["losses"].numpy(), got["weights"].numpy())
+    )
+    for a in range(A):
+        expected = control_weights(losses[:, a].ravel(), control, samples[:, a].ravel(), a * B)
+        np.testing.assert_allclose(weights[:, a].ravel(), expected / A, atol=1e-6)
 
 
 def test_global_batches_are_identical_for_any_layout(tmp_path):

@@ -71,7 +71,8 @@ CASES = [
         for scope in ("global", "micro")
     ),
     {**WEIGHTED, "max_weight": 1.5, "r_start": 2.0, "r_steps": 9},
-    {**WEIGHTED, "reweight_unit": "byte", "reweight_control": "within"},
+    {**WEIGHTED, "reweight_unit": "byte", "reweight_control": "shuffled"},
+    {**WEIGHTED, "reweight_control": "within"},
     {"grad_clip": 0.0},
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
