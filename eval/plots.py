@@ -12,6 +12,7 @@ share_charts make charts from runs. `panels` draws several in one figure, for a 
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from runtime.telemetry import BOUND
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "os^Dv<>"
+TITLE_WIDTH = 32  # characters in a line of a title, so that it stays above its own panel
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
 # A panel of the page: size and ends of the axes (left, bottom, right, top) in points, colors of
 # text and grid.
@@ -311,7 +313,7 @@ def panels(charts: list[Chart], names: list[str], y_label: str) -> Figure:
         settings = [line.setting for line in chart.lines]
         line_of.update(zip(settings, ax.lines, strict=True))
         if len(charts) > 1:
-            ax.set_title(chart.title, fontsize=9)
+            ax.set_title(textwrap.fill(chart.title, TITLE_WIDTH), fontsize=9)
     for ax in axes[len(charts) :]:
         ax.set_visible(False)
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from corpus.manifest import DOMAINS
 from eval.compare import estimate, minutes_to, speedup, steps_to
-from eval.plots import loss_charts, training_charts
+from eval.plots import Chart, Line, loss_charts, panels, training_charts
 from eval.runs import columns_of, read_runs, run_names
 
 CONFIG = {
@@ -492,7 +492,7 @@ def test_each_size_has_its_own_table(tmp_path):
 
 def test_other_domains_follow_the_known_ones(tmp_path):
     from eval import perplexity
-    from eval.plots import domain_perplexity, loss_charts, panels
+    from eval.plots import domain_perplexity
     from eval.runs import Column, read_runs
 
     names = ("zulu", *reversed(DOMAINS), "fineweb")
@@ -638,6 +638,16 @@ def test_loss_curves_begin_after_the_warm_up(tmp_path):
         charts = loss_charts(columns)
         assert len(charts) == 8
         assert all(chart.lines[0].x.tolist() == steps for chart in charts)
+
+
+def test_titles_of_panels_do_not_touch():
+    """Also the longest ones, side by side."""
+    lines = [Line(0, np.arange(3), np.ones(3))]
+    titles = ("effective sample size (share of the batch)", "share of steps with a weight above 2")
+    figure = panels([Chart(title, lines) for title in titles], ["a"], "share")
+    figure.canvas.draw()
+    left, right = (ax.title.get_window_extent() for ax in figure.axes)
+    assert left.x1 < right.x0
 
 
 def test_charts_without_a_line_are_left_out(tmp_path):
