@@ -16,6 +16,7 @@ from eval.runs import (
     Table,
     baselines,
     compared_columns,
+    controls,
     per_column,
     with_spread,
 )
@@ -29,6 +30,14 @@ NOTE = (
     "Nats per token, against the uniform run of the same seed and settings. Interval and p: paired "
     "t test over validation documents; they cover the choice of text, not of training seeds, and "
     "two seeds of one setting can differ significantly."
+)
+COST = (
+    "Cost of fewer samples: the gap of the control, whose weights are the same but on other "
+    "samples. Gain in direction: by how much the run is ahead of its control."
+)
+NO_CONTROL = (
+    "How much of it is the cost of averaging over fewer samples, runs of --reweight_control "
+    "shuffled would tell."
 )
 Pairs = dict[RunFolder, RunFolder]  # a run -> the uniform run that it is compared with
 Documents = dict[str, np.ndarray]  # domain -> (K, 2) nats and targets of each of its documents
@@ -82,17 +91,32 @@ def tables(runs: list[RunFolder]) -> list[Table]:
                 gap[run] = losses[run] - losses[uniform]
         gaps.append((label, gap))
 
+    parts = parts_of_gap(dict(gaps).get("average loss", {}), controls(settings))
     by_size = compared_columns(settings, set(pairs))
-    return [table(size, columns, gaps, pairs, documents) for size, columns in by_size.items()]
+    return [
+        table(size, columns, gaps, parts, pairs, documents) for size, columns in by_size.items()
+    ]
+
+
+def parts_of_gap(gap: dict[RunFolder, float], control_of: Pairs) -> list[tuple[str, dict]]:
+    """Label -> value of each run that has a control, from the gaps of the average loss."""
+    known = {run: c for run, c in control_of.items() if run in gap and c in gap}
+    if not known:
+        return []
+    cost = {run: gap[control] for run, control in known.items()}
+    direction = {run: gap[control] - gap[run] for run, control in known.items()}
+    return [("cost of fewer samples", cost), ("gain in direction", direction)]
 
 
 def table(
     size: str,
     columns: list[Column],
     gaps: list[tuple[str, dict[RunFolder, float]]],
+    parts: list[tuple[str, dict[RunFolder, float]]],
     pairs: Pairs,
     documents: dict[RunFolder, Documents | None],
 ) -> Table:
+    """gaps, parts: label -> value of each run that has one."""
     rows = []
     for label, gap in gaps:
         values = per_column(columns, gap)
@@ -106,6 +130,10 @@ def table(
         ps.append([p])
     rows.append(Row("95 % interval (documents)", intervals, best=None, is_summary=True))
     rows.append(Row("p (documents)", ps, best=None, is_summary=True))
+    own_parts = [(label, per_column(columns, values)) for label, values in parts]
+    own_parts = [(label, values) for label, values in own_parts if any_number(values)]
+    for label, values in own_parts:
+        rows.append(Row(label, values, sign="+", best=None, is_summary=True))
     return Table(
         what="difference",
         title=f"Loss minus uniform, {size}",
@@ -113,8 +141,12 @@ def table(
         head="domain",
         columns=[column.name for column in columns],
         rows=rows,
-        note=with_spread(NOTE, columns),
+        note=with_spread(f"{NOTE} {COST if own_parts else NO_CONTROL}", columns),
     )
+
+
+def any_number(values: list[list]) -> bool:
+    return any(value is not None for column in values for value in column)
 
 
 def interval_and_p(

@@ -30,7 +30,7 @@ from cli import Parser, UserError
 from cli import run as run_command
 from corpus.manifest import in_order
 from eval import perplexity
-from eval.runs import Column, RunFolder, columns_of, read_runs
+from eval.runs import Column, RunFolder, baselines, columns_of, controls, read_runs
 from reweight import STRATEGIES, normalize_losses, sample_weights
 from runtime.telemetry import BOUND
 
@@ -88,6 +88,41 @@ def loss_charts(columns: Columns) -> list[Chart]:
         lines = over_steps(columns, "eval", "domains", domain, "loss")
         charts.append(make_chart(domain, after_warmup(columns, lines)))
     return charts
+
+
+def gap_charts(columns: Columns) -> list[Chart]:
+    """Mean validation loss minus that of the uniform run, and the gain over the control.
+
+    The control's own line in the first chart is the cost of averaging over fewer samples. [] where
+    no run has a uniform run or a control to compare with.
+    """
+    settings = {run: run.settings for _, run in runs_in(columns)}
+    charts = []
+    for title, pairs, sign in (
+        ("loss minus uniform", baselines(settings), 1),
+        ("gain in direction: shuffled control minus strategy", controls(settings), -1),
+    ):
+        lines = []
+        for setting, run in runs_in(columns):
+            if run in pairs:
+                x, difference = loss_difference(run, pairs[run])
+                lines.append(Line(setting, x, sign * difference))
+        chart = make_chart(title, lines)
+        if chart.lines:
+            charts.append(chart)
+    return charts
+
+
+def loss_difference(run: RunFolder, other: RunFolder) -> tuple[np.ndarray, np.ndarray]:
+    """Steps after warm-up at which both were evaluated, and how much higher the run's loss is."""
+    of_other = {record["step"]: record["mean_loss"] for record in other.records("eval")}
+    x, y = [], []
+    for record in run.records("eval"):
+        step = record["step"]
+        if step in of_other and step >= max(1, run.config.get("warmup_steps", 0)):
+            x.append(step)
+            y.append(record["mean_loss"] - of_other[step])
+    return np.array(x, float), np.array(y, float)
 
 
 def after_warmup(columns: Columns, lines: list[Line]) -> list[Line]:
@@ -524,6 +559,10 @@ def plot_runs(runs: list[RunFolder], to: Path) -> None:
 
     figure = panels(loss_charts(columns), names, "validation loss (nats per token)")
     save(figure, to / "loss_curves.png")
+
+    charts = gap_charts(columns)
+    if charts:
+        save(panels(charts, names, "nats per token"), to / "gap_to_uniform.png")
 
     for label in ("domain", "kind"):
         charts = share_charts(columns, label)

@@ -225,7 +225,7 @@ def setting_label(i: int, name: str) -> str:
 def chart_sections(columns: list[Column]) -> dict[str, str]:
     """Heading -> charts."""
     charts = Charts([column.name for column in columns])
-    losses = charts.grid(plots.loss_charts(columns))
+    losses = charts.grid([*plots.loss_charts(columns), *plots.gap_charts(columns)])
     training = charts.grid(plots.training_charts(columns))
     shares = ""
     for label in ("domain", "kind"):
@@ -234,7 +234,9 @@ def chart_sections(columns: list[Column]) -> dict[str, str]:
             shares += charts.grid(of_label)
     return {
         "Validation loss": "<p>Nats per token against optimizer steps. Point at a chart to read "
-        f"its values.</p>{losses}",
+        "its values. A strategy's loss minus uniform is the cost of averaging over fewer samples, "
+        "which its shuffled control shows alone, less its gain in direction.</p>"
+        f"{losses}",
         "Training and weights": "<p>Running means over a twentieth of the run. Weights are times "
         f"the batch size: uniform gives every sample 1.</p>{training}",
         "Which data gets the weight": "<p>Share of the weight over share of the samples: above 1, "

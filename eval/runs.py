@@ -268,6 +268,24 @@ def baselines(settings: Settings) -> dict[RunFolder, RunFolder]:
     return pairs
 
 
+def controls(settings: Settings) -> dict[RunFolder, RunFolder]:
+    """For each run with weights on their own samples, the one that shuffles them, else like it.
+
+    Runs that have no such control are left out.
+    """
+    pairs = {}
+    for run, config in settings.items():
+        if run.is_uniform or config.get("reweight_control", "none") != "none":
+            continue
+        shuffled = setting_of({**config, "reweight_control": "shuffled"})
+        for other, other_config in settings.items():
+            same_seed = other_config.get("seed") == config.get("seed")
+            if same_seed and setting_of(other_config) == shuffled:
+                pairs[run] = other
+                break
+    return pairs
+
+
 def common_part(config: dict) -> dict:
     """What a run has in common with the uniform run that it is compared with."""
     left_out = NOT_IN_NAMES | NOT_OF_UNIFORM

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from corpus.manifest import DOMAINS
 from eval.compare import estimate, minutes_to, speedup, steps_to
-from eval.plots import Chart, Line, loss_charts, panels, training_charts
+from eval.plots import Chart, Line, gap_charts, loss_charts, panels, training_charts
 from eval.runs import columns_of, read_runs, run_names
 
 CONFIG = {
@@ -326,6 +326,46 @@ def test_too_few_documents_are_said(tmp_path):
     assert rows["95 % interval (documents)"] == rows["p (documents)"] == ["too few to tell"]
 
 
+def test_a_control_parts_the_gap_into_cost_and_direction(tmp_path):
+    """Of each seed its own control; without one, the table says what is missing."""
+    runs = []
+    for seed, base in ((1, 2.0), (2, 2.2)):
+        runs.append(make_run(tmp_path / f"u{seed}", [base] * 7, seed=seed))
+        linupper = {"reweight": "linupper", "seed": seed}
+        runs.append(make_run(tmp_path / f"l{seed}", [base + 0.03] * 7, **linupper))
+        shuffled = {**linupper, "reweight_control": "shuffled"}
+        loss = base + 0.05 * seed
+        runs.append(make_run(tmp_path / f"c{seed}", [loss] * 7, **shuffled))
+    rows = tables(*runs, what="difference")["Loss minus uniform, tiny"]
+    assert rows["domain"] == ["linupper", "linupper reweight_control=shuffled"]
+    assert rows["average loss"][0] == "+0.0300 ± 0.0000"
+    assert rows["cost of fewer samples"] == ["+0.0750 ± 0.0354", "missing"]
+    assert rows["gain in direction"] == ["+0.0450 ± 0.0354", "missing"]
+
+    without = [run for run in runs if "c" not in run.name]
+    text = expect_ok(command("eval/tables.py", *without, "--what=difference"))
+    assert "cost of fewer samples" not in text and "--reweight_control shuffled would tell" in text
+
+
+def test_gaps_are_drawn_with_their_controls(tmp_path):
+    linupper = {"reweight": "linupper"}
+    folders = [
+        make_run(tmp_path / "u", [2.0] * 7),
+        make_run(tmp_path / "l", [2.03] * 7, **linupper),
+        make_run(tmp_path / "c", [2.05] * 7, **linupper, reweight_control="shuffled"),
+    ]
+    columns = columns_of({run: run.config for run in read_runs(folders)})
+    gap, direction = gap_charts(columns)
+    assert [line.setting for line in gap.lines] == [1, 2]
+    np.testing.assert_allclose(gap.lines[0].y, 0.03)
+    np.testing.assert_allclose(gap.lines[1].y, 0.05)
+    assert [line.setting for line in direction.lines] == [1]
+    np.testing.assert_allclose(direction.lines[0].y, 0.02)
+    assert direction.lines[0].x.tolist() == [5, 9]  # step 0 is before any weights
+    assert [chart.title for chart in gap_charts(columns[:2])] == ["loss minus uniform"]
+    assert gap_charts(columns[:1]) == []
+
+
 def curve(points, rates=((20, 50.0),), val_hash="same", max_steps=20):
     """A run with these (step, mean loss) evaluations.
 
@@ -615,6 +655,7 @@ def test_plots(runs, tmp_path):
     figures = (
         "weights",
         "loss_curves",
+        "gap_to_uniform",
         "weight_by_domain",
         "weight_by_kind",
         "effective_sample_size",

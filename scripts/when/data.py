@@ -1,0 +1,37 @@
+"""A data folder of which each domain has only its first tokens, to repeat them for many epochs."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from corpus.manifest import read_manifest
+from files import write_text
+
+
+def shorten(source: Path, to: Path, tokens: int) -> None:
+    """Copy a data folder with the first `tokens` training tokens of each domain, or fewer."""
+    manifest = read_manifest(source)
+    for splits in manifest["domains"].values():
+        splits["train"] = splits["train"][:1]
+        for info in (*splits["train"], *splits["val"]):
+            (to / info["file"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / info["file"], to / info["file"])
+            info.pop("kinds", None)
+        (info,) = splits["train"]
+        path = to / info["file"]
+        shard = np.load(path)[:tokens]
+        np.save(path, shard)
+        documents = int((shard == manifest["tokenizer"]["eot_token"]).sum())
+        share = len(shard) / info["tokens"]
+        info |= {
+            "tokens": len(shard),
+            "documents": documents,
+            "bytes": round(info["bytes"] * share),
+            "file_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+    # Last: a folder with a manifest is complete.
+    write_text(to / "manifest.json", json.dumps(manifest, indent=1))
