@@ -184,7 +184,7 @@ class Study:
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"{name}: {lines[-1]}")
+            raise UserError(f"{name}: {lines[-1].removeprefix('error: ')}")
 
     # Measurements on checkpoints, and results
 
@@ -336,9 +336,14 @@ def main() -> None:
             f"--seeds {args.seeds} --jobs {jobs} --minutes {args.minutes}: must be above 0"
         )
     sources = [str(Path(path).resolve()) for path in args.input]
+    to = args.to.resolve()
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; give a folder that can be made") from None
     if jobs > 1:
         torch.set_num_threads(1)
-    study = Study(plan, args.to.resolve(), sources, jobs, args.minutes)
+    study = Study(plan, to, sources, jobs, args.minutes)
     seeds = range(42, 42 + args.seeds)
     finished = study.run(seeds)
     rows = study.rows(seeds)

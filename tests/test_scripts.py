@@ -1,7 +1,6 @@
-"""The study and the shell scripts: what they compute, on numbers worked by hand; that they run."""
+"""The shell scripts: what they would run, and that they run."""
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, expect_error, expect_ok
+from conftest import ROOT, expect_error, expect_ok
 
 from cli import parse
 from corpus import tokenizer
@@ -23,55 +22,6 @@ from model import GPT, SIZES, GPTConfig
 from recipe import TrainConfig, settle
 from reweight import STRATEGIES
 from runtime import checkpoint
-from scripts.study_regime import BASE, VARIED, figure, final_loss, table, weights_of
-
-
-def records(point, loss, gain):
-    """Two reweighted log lines, one of the uniform steps before, and a last evaluation."""
-    weight = {"arxiv": 0.5 + gain, "c4": 0.5 - gain}
-    line = {
-        "kind": "train",
-        "weight_by_domain": weight,
-        "samples_by_domain": {"arxiv": 0.5, "c4": 0.5},
-    }
-    before = {
-        "ess": 1.0,
-        "entropy": math.log(point.G),
-        "weight_by_domain": {"arxiv": 0.9, "c4": 0.1},
-    }
-    return [
-        {**line, "step": 1, **before},
-        {**line, "step": 2, "ess": 0.6, "entropy": math.log(point.G) - 0.4},
-        {**line, "step": 3, "ess": 0.8, "entropy": math.log(point.G) - 0.2},
-        {"kind": "eval", "step": 0, "mean_loss": 5.0},
-        {"kind": "eval", "step": 3, "mean_loss": loss},
-    ]
-
-
-def test_the_weights_distance_from_uniform_is_split_by_the_chain_rule():
-    w = weights_of(BASE, records(BASE, 2.0, 0.25))
-    assert w["ess"] == pytest.approx(0.7) and w["kl"] == pytest.approx(0.3)
-    assert w["between"] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert weights_of(BASE, records(BASE, 2.0, 0.0))["between"] == pytest.approx(0)
-
-
-def test_table_and_figure_of_the_study(tmp_path):
-    points = {p for row in VARIED.values() for q in row for p in (q, q.uniform())}
-    results = {p: records(p, 2.0 + 0.25 * (p.reweight != "uniform"), 0.1) for p in points}
-    assert final_loss(results[BASE]) == 2.25
-    lines = table(results).splitlines()
-    assert len(lines) == 2 + sum(map(len, VARIED.values()))
-    assert "| 2.0000 | 2.2500 | +0.2500 | 0.70 | 0.300 |" in lines[2]
-    figure(results, tmp_path / "regime.png")
-    assert (tmp_path / "regime.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_study_refuses_what_it_cannot_use(tmp_path):
-    expect_error(command("scripts/study_regime.py", "--data_dir", tmp_path / "none"), "not found")
-    expect_error(
-        command("scripts/study_regime.py", "--data_dir", tmp_path, "--steps=3"), "--steps 3"
-    )
-
 
 # name -> runs in its header
 REPRODUCE = {"slimpajama": 36, "c4cc": 18, "mixtures": 36, "r_sweep": 21, "figures": 12}

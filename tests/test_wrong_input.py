@@ -587,13 +587,23 @@ OTHERS = {
         --rounds | --round=9 | small
         """
     ),
-    "scripts/study_regime.py": cases(
+    "scripts/study_when.py": cases(
         """
-        | --data_dir | --data_dir=/nowhere | --data_dir={file} | --data_dir={empty}
-        --data_dir={top}/truncated | --data_dir={top}/tokenizer | --data_dir={data} --steps=1
-        --data_dir={data} --steps=x | --data_dir={data} --jobs=0 | --data_dir={data} --jobs=-1
-        --data_dir={data} --to={file} | --data_dir={data} --to=/proc/x | --data={data} | {data}
-        --data_dir={top}/gpt2
+        | --input | --input={corpus} | --to={tmp}/x | --input={corpus} --to
+        --input={corpus} --to={tmp}/x --plan=gpu | --input={corpus} --to={tmp}/x --seeds=0
+        --input={corpus} --to={tmp}/x --seeds=x | --input={corpus} --to={tmp}/x --jobs=-1
+        --input={corpus} --to={tmp}/x --minutes=0 | --input={corpus} --to={tmp}/x --minutes=x
+        --input=/nowhere --to={tmp}/x | --input={corpus} --to={file} | --input={empty} --to={tmp}/x
+        --input={corpus} --to=/proc/x | --inputs={corpus} --to={tmp}/x
+        """
+    ),
+    "scripts/probe_utility.py": cases(
+        """
+        | --run | --run=/nowhere | --run={empty} | --run={file} | --run={run} --batches=0
+        --run={run} --batches=-1 | --run={run} --batches=x | --run={run} --r=0 | --run={run} --r=-1
+        --run={run} --r=nan | --run={run} --r=x | --run={run} --reweight_ref=/nowhere
+        --run={run} --reweight_ref={empty} | --run={run} --data_dir=/nowhere | {run}
+        --run={run} --data_dir={top}/gpt2 | --runs={run}
         """
     ),
 }
@@ -724,7 +734,7 @@ def read_only(tmp_path_factory):
         ("scripts/export_hf.py", ["--run={run}", "--to={read_only}/x"]),
         ("eval/plots.py", ["{run}", "--to={read_only}/x"]),
         ("eval/tables.py", ["{run}", "--out={read_only}/x"]),
-        ("scripts/study_regime.py", ["--data_dir={data}", "--to={read_only}/x"]),
+        ("scripts/study_when.py", ["--input={data}", "--to={read_only}/x"]),
     ],
     ids=short,
 )

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from corpus.manifest import read_manifest
+from corpus.tokenizer import byte_lengths
 from files import write_text
 
 
 def shorten(source: Path, to: Path, tokens: int) -> None:
     """Copy a data folder with the first `tokens` training tokens of each domain, or fewer."""
     manifest = read_manifest(source)
+    lengths = byte_lengths(manifest["tokenizer"]["sha256"])
     for splits in manifest["domains"].values():
         splits["train"] = splits["train"][:1]
         for info in (*splits["train"], *splits["val"]):
@@ -24,12 +26,10 @@ def shorten(source: Path, to: Path, tokens: int) -> None:
         path = to / info["file"]
         shard = np.load(path)[:tokens]
         np.save(path, shard)
-        documents = int((shard == manifest["tokenizer"]["eot_token"]).sum())
-        share = len(shard) / info["tokens"]
         info |= {
             "tokens": len(shard),
-            "documents": documents,
-            "bytes": round(info["bytes"] * share),
+            "documents": int((shard == manifest["tokenizer"]["eot_token"]).sum()),
+            "bytes": int(lengths[shard].sum()),
             "file_bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
