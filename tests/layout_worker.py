@@ -12,7 +12,7 @@ tests/test_distributed.py starts this file with W ranks and the argument OUT.pt.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from data import Batch
+from eval import score_windows
 from model import GPT, GPTConfig
 from recipe import TrainConfig, settle
 from reweight import STRATEGIES
-from runtime import distributed
+from runtime import checkpoint, distributed, reference
 from step import Trainer, View
 
 G, T, V = 16, 24, 64
@@ -61,6 +62,9 @@ for control in CONTROLS:
         "reweight_unit": "byte",
         "reweight_control": control,
     }
+REFERENCES = ("reference run", "reference file")
+for form in REFERENCES:
+    VARIANTS[form] = {"reweight": "linupper", "reweight_unit": "byte"}
 # Dropout and the ways of saving memory do not depend on the strategy, so three are enough.
 FEW_VARIANTS = ("uniform", "linupper", "robust")
 WAYS = {
@@ -71,6 +75,7 @@ WAYS = {
 
 
 BYTE_LENGTHS = torch.arange(V) % 7  # of the tokens
+DOMAINS = ("a", "b", "c")
 
 
 class Recorder(torch.optim.SGD):
@@ -115,6 +120,36 @@ def small_model(dropout: float) -> GPT:
     return model
 
 
+def reference_model() -> GPT:
+    """Another model of the same shape."""
+    model = small_model(0.0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        model.wte.weight.add_(torch.randn_like(model.wte.weight), alpha=0.2)
+    return model.eval()
+
+
+def write_references(folder: Path) -> None:
+    """The checkpoint of the reference model, and the file of its losses on the first batch."""
+    model, rows = reference_model(), global_batch()
+    state = {"gpt": asdict(model.config), "max_steps": 1, "identity": {}}
+    checkpoint.save(folder, 1, (model.state_dict(), {}), state, keep=1)
+    with torch.no_grad():
+        losses = model(rows[:, :-1], rows[:, 1:]).mean(1).numpy()
+    about = {
+        "domains": DOMAINS,
+        "model_sha256": "x",
+        "trained_on": None,
+        "data": "",
+        "block_size": T,
+    }
+    of_domain = {}
+    for d, name in enumerate(DOMAINS):
+        windows = np.flatnonzero(domains() == d)
+        of_domain[name] = (windows, losses[windows])
+    score_windows.write(folder / "file.npz", about, of_domain)
+
+
 def config_of(B: int, **settings) -> TrainConfig:
     base = TrainConfig(
         device="cpu",
@@ -129,12 +164,24 @@ def config_of(B: int, **settings) -> TrainConfig:
     return settle(replace(base, **settings), distributed.ranks().world_size)
 
 
+def references_folder() -> Path:
+    """Of this rank's own copy of the references."""
+    return Path(f"{sys.argv[1]}.{distributed.ranks().rank}")
+
+
 def one_step(trainer: Trainer, variant: str) -> dict:
     """A step of a variant whose optimizer changes nothing."""
     trainer.config = replace(trainer.config, grad_clip=0.0, **VARIANTS[variant])
     trainer.optimizer = Recorder(trainer.model.parameters(), lr=1.0)
     batch = batch_of(0)
     backward = trainer.backward
+    trainer.reference = None
+    if variant == "reference run":
+        folder = checkpoint.find_latest(references_folder())
+        trainer.reference = reference.FromRun(folder, trainer.config, trainer.device)
+    elif variant == "reference file":
+        path = references_folder() / "file.npz"
+        trainer.reference = reference.FromFile(path, DOMAINS, trainer.device)
     if variant == "robust":
         view = View(offset=trainer.expected_losses(batch.domain, len(batch.x)))
         trainer.backward = lambda step, x, y, _, pairs: backward(step, x, y, view, pairs)
@@ -214,6 +261,7 @@ def snapshot(trainer: Trainer) -> list[torch.Tensor]:
 def main() -> None:
     W = distributed.ranks().world_size
     distributed.setup("cpu")
+    write_references(references_folder())
     results = {}
     for ranks, parallel, B in LAYOUTS:
         if ranks == W:

@@ -11,6 +11,7 @@ from layout_worker import (
     FEW_VARIANTS,
     LAYOUTS,
     MICRO_LAYOUTS,
+    REFERENCES,
     VARIANTS,
     WAYS,
     G,
@@ -18,6 +19,7 @@ from layout_worker import (
     domains,
     expected_losses,
     global_batch,
+    reference_model,
     small_model,
 )
 from test_reweight import FORMULAS, reference
@@ -134,6 +136,11 @@ def reference_weights(losses, variant):
     """Float64 weights of a variant at step 3 of tests/layout_worker.py."""
     if variant in CONTROLS:
         return control_weights(losses, variant, np.arange(G), 0)
+    if variant in REFERENCES:
+        rows = global_batch()
+        of_reference = sample_losses(reference_model().double(), rows).detach().numpy()
+        n_bytes = BYTE_LENGTHS[rows[:, 1:]].sum(1).numpy()
+        return reference((losses - of_reference) * T / n_bytes, "linupper", r=0.4)
     if variant != "robust":
         return reference(losses, variant, r=0.4)
     losses = losses - expected_losses().numpy()
@@ -153,11 +160,16 @@ def control_weights(losses, control, samples, first):
     return weights[[of_domain[d].pop(0) for d in domain]]
 
 
-@pytest.mark.parametrize("variant", [*FORMULAS, "robust", *CONTROLS])
+def sample_losses(model, rows):
+    """(G, T + 1) tokens -> (G,) losses, from the logits."""
+    logits = model(rows[:, :-1]).transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, rows[:, 1:], reduction="none").mean(1)
+
+
+@pytest.mark.parametrize("variant", [*FORMULAS, "robust", *CONTROLS, *REFERENCES])
 def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
     model, rows = small_model(0.0).double(), global_batch()
-    logits = model(rows[:, :-1]).transpose(1, 2)
-    losses = torch.nn.functional.cross_entropy(logits, rows[:, 1:], reduction="none").mean(1)
+    losses = sample_losses(model, rows)
     weights = reference_weights(losses.detach().numpy(), variant)
     sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -4,15 +4,18 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corpus.manifest import DOMAINS
 from data import Batch
 from model import GPT, GPTConfig
-from recipe import TrainConfig
-from reweight import domain_means
-from step import Guard, Trainer, seed_noise
+from recipe import CONTROLS, TrainConfig
+from reweight import STRATEGIES, domain_means, sample_weights
+from step import Guard, Trainer, View, seed_noise
 
 G, T, V, STEPS = 8, 12, 32, 5
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=T, vocab_size=V, dropout=0.0)
@@ -363,3 +366,42 @@ def test_after_a_norm_that_is_not_finite_no_step_is_taken_if_so_asked(bad):
     assert stopping.limits(4)[0] < 0
     assert guard_after([1.0, 1.0], on_nonfinite="stop").limits(2)[0] == math.inf
     assert guard_after([1.0, bad], on_nonfinite="skip").limits(2)[0] == math.inf
+
+
+# Controls and units: properties for all strategies
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return Trainer(GPT(SHAPE), TrainConfig(**SETTINGS), len(DOMAINS), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=30, deadline=None)
+@given(
+    losses=st.lists(st.floats(0.0625, 16, width=32), min_size=G, max_size=G),
+    n_bytes=st.lists(st.integers(1, 80), min_size=G, max_size=G),
+    unit=st.sampled_from(["token", "byte"]),
+    step=st.integers(0, 10**6),
+    seed=st.integers(0, 2**40),
+)
+def test_controls_and_units_of_every_strategy(trainer, strategy, losses, n_bytes, unit, step, seed):
+    """A control has the strategy's weights, so its effective sample size, on other samples; within,
+    on samples of the same domain. Per token, the weights are those of the losses, bit for bit.
+    """
+    losses, n_bytes = torch.tensor(losses), torch.tensor(n_bytes)
+    domain = np.arange(G) * 5 % 3
+    pairs = np.stack([domain, np.arange(G)], axis=1)
+    view = View(T / n_bytes) if unit == "byte" else View()
+    found = {}
+    for control in CONTROLS:
+        trainer.config = TrainConfig(**{**SETTINGS, "seed": seed, "reweight_control": control})
+        found[control] = trainer.own_weights(step, strategy, view.of(losses), pairs)
+    seen = losses * (T / n_bytes) if unit == "byte" else losses
+    assert torch.equal(found["none"], sample_weights(seen, strategy, SETTINGS["r"]))
+    for control in ("shuffled", "within"):
+        assert torch.equal(found[control].sort().values, found["none"].sort().values)
+    for d in range(3):
+        of_domain = torch.from_numpy(domain == d)
+        own, moved = found["none"][of_domain], found["within"][of_domain]
+        assert torch.equal(moved.sort().values, own.sort().values)
