@@ -1,6 +1,6 @@
 """Do a strategy's weights go to the samples that help? A forecast from one checkpoint.
 
-    python scripts/probe_utility.py --run runs/gpt2_124m_uniform_uniform_seed42
+    python scripts/probe_utility.py --run runs/124m_uniform_uniform_seed42
     python scripts/probe_utility.py --run RUN/checkpoints/step_00002000 --reweight_ref runs/small
 
 The utility of a training sample is how much the validation loss (mean of the domains) falls per
