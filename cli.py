@@ -92,6 +92,10 @@ class Parser(argparse.ArgumentParser):
             known_flags = [flag for action in self._actions for flag in action.option_strings]
             what = "flag" if unknown[0].startswith("-") else "argument"
             hint = nearest(unknown[0].split("=")[0], known_flags)
+            if what == "argument" and Path(f"config/{unknown[0]}.py").is_file():
+                hint = f"; did you mean 'config/{unknown[0]}.py'?"
+            elif unknown[0].split("=")[0] == "--config":
+                hint = "; a config file is given without a flag: config/gpt2_124m.py"
             raise UserError(f"unknown {what} {unknown[0]!r}{hint} (--help lists all)")
         for action in self._actions:  # argparse drops the value "--" of a flag
             if action.nargs is None and getattr(values, action.dest, None) == []:
@@ -175,7 +179,8 @@ def boolean(text: str) -> bool:
 def read_config_file(path: str, parser: Parser) -> list[str]:
     """A config file's assignments as flags, checked so that an error names the file."""
     if not Path(path).is_file():
-        raise UserError(f"config file {path} not found")
+        others = [str(other) for other in Path(path).parent.glob("*.py")]
+        raise UserError(f"config file {path} not found{nearest(path, others)}")
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:

@@ -1,9 +1,9 @@
 """Pretrain GPT-2 with loss-based sample reweighting (Sow et al., ICLR 2025).
 
-    python train.py config/tiny_cpu.py --reweight linupper               # on a laptop
-    torchrun --nproc_per_node 8 train.py config/gpt2_124m_linupper.py    # on a node with 8 GPUs
-    python train.py config/gpt2_124m_linupper.py --dry_run               # print the plan
-    python train.py --doctor                                             # for a bug report
+    python train.py config/tiny_cpu.py --reweight linupper                   # on a laptop
+    torchrun --nproc_per_node 8 -- train.py config/gpt2_124m_linupper.py     # on a node with 8 GPUs
+    python train.py config/gpt2_124m_linupper.py --dry_run                   # print the plan
+    python train.py --doctor                                                 # for a bug report
 
 Arguments are config files (their assignments) and flags. Later files win over earlier ones, and
 flags win over files. Giving the same command again continues the run.

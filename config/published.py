@@ -1,5 +1,6 @@
 # All that the published code sets and a flag here can set; give it after the size:
-#   torchrun --nproc_per_node 4 train.py config/gpt2_210m.py config/published.py --reweight linupper
+#   torchrun --nproc_per_node 4 -- train.py config/gpt2_210m.py config/published.py \
+#     --reweight linupper
 # Every line is written out, also where it is today's default. What is left to differ, line by
 # line: docs/reproduction.md. 124M with quadratic was published with --r 1.0.
 block_size = 512

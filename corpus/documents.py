@@ -335,6 +335,8 @@ def hub_builder(dataset: str, revision: str | None) -> Any:
 
 
 def unreachable(dataset: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):  # it says so already
+        return error
     return UserError(
         f"cannot read {dataset!r} from the hub ({first_line(error)}); download its files elsewhere "
         "and use: --source files --input FOLDER"

@@ -267,10 +267,7 @@ def check_args(args: Namespace) -> None:
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     args.tasks = names_of(args.tasks)
-    if args.include_path and not args.include_path.is_dir():
-        raise UserError(
-            f"--include_path {args.include_path}: no such folder; give one with YAML files of tasks"
-        )
+    check_include_path(args.include_path)
     check_installed()
 
 
@@ -281,6 +278,13 @@ def names_of(tasks: str) -> list[str]:
     if not names:
         raise UserError("--tasks: no name given; such as --tasks sciq,piqa")
     return names
+
+
+def check_include_path(folder: Path | None) -> None:
+    if folder and not folder.is_dir():
+        raise UserError(
+            f"--include_path {folder}: no such folder; give one with YAML files of tasks"
+        )
 
 
 def check_installed() -> None:

@@ -228,17 +228,17 @@ def chart_sections(columns: list[Column]) -> dict[str, str]:
     losses = charts.grid([*plots.loss_charts(columns), *plots.gap_charts(columns)])
     training = charts.grid(plots.training_charts(columns))
     shares = ""
-    for label in ("domain", "kind"):
+    for label, heading in (("domain", "By domain"), ("kind", "By kind of document")):
         of_label = plots.share_charts(columns, label)
         if of_label:
-            shares += charts.grid(of_label)
+            shares += f"<h3>{heading}</h3>" + charts.grid(of_label)
     return {
         "Validation loss": "<p>Nats per token against optimizer steps. Point at a chart to read "
         "its values. A strategy's loss minus uniform is the cost of averaging over fewer samples, "
         "which its shuffled control shows alone, less its gain in direction.</p>"
         f"{losses}",
         "Training and weights": "<p>Running means over a twentieth of the run. Weights are times "
-        f"the batch size: uniform gives every sample 1.</p>{training}",
+        f"the batch size G: uniform gives every sample 1.</p>{training}",
         "Which data gets the weight": "<p>Share of the weight over share of the samples: above 1, "
         "these samples count for more than as many others.</p>"
         + (shares or missing(": the runs did not log the shares of the samples")),
@@ -401,8 +401,10 @@ def commands(runs: list[RunFolder]) -> str:
             note = f"  # continues from step {start['step']:,}" if start.get("step") else ""
             lines.append(f"{launcher} {start.get('command', MISSING)}{note}")
         lines.append(f"python eval/perplexity.py --run {run.path}")
-    text = "\n".join(lines)
-    return f"<pre>{escape(text)}</pre>"
+    text = escape("\n".join(lines))
+    # A browser would also break a line after a hyphen, within the -- of a flag.
+    text = re.sub(r"(?<= )--\S+", r"<span>\g<0></span>", text)
+    return f"<pre>{text}</pre>"
 
 
 # The page

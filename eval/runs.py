@@ -110,7 +110,9 @@ def read_runs(folders: list[str]) -> list[RunFolder]:
     for folder in map(Path, folders):
         path = folder / "config.json"
         if not path.is_file():
-            raise UserError(f"{folder}: no config.json in it; give run folders of train.py")
+            inside = any(folder.glob("*/config.json"))
+            hint = f", such as {folder}/*" if inside else ""
+            raise UserError(f"{folder}: no config.json in it; give run folders of train.py{hint}")
         config = read_json(path)
         for key in ("model", "reweight", "max_steps"):
             if key not in config:

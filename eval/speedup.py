@@ -18,8 +18,9 @@ TABLES = {
     "else, evaluated on as many windows in training (--eval_windows)"
 }
 NOTE = (
-    "Evaluation curve, interpolated between evaluations; training time without evaluation and "
-    "saving, on whatever machine each run had."
+    "Steps and minutes: after how many a run first reaches that loss, between evaluations by "
+    "interpolation. Minutes of training, without evaluation and saving, on whatever machine each "
+    "run had."
 )
 # Row -> digits, and which of its values is best.
 ROWS = {

@@ -2,6 +2,7 @@
 
     python scripts/fetch_tasks.py                        # the default tasks of eval/fewshot.py
     python scripts/fetch_tasks.py --tasks sciq,logiqa
+    python scripts/fetch_tasks.py --tasks sciq,logiqa --dry_run    # are these names of tasks?
 
 One line per task, and exit code 1 if some failed; a second start fetches what is missing. It goes
 to the cache of the hub's library, ~/.cache/huggingface or HF_HOME, which the other machines must
@@ -121,8 +122,17 @@ def parse_args() -> Namespace:
         default=",".join(fewshot.TASKS),
         help=f"names with commas between them (default: {', '.join(fewshot.TASKS)})",
     )
+    parser.add_argument(
+        "--include_path", type=Path, metavar="DIR", help="folder with YAML files of local tasks"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="only check the names of the tasks; needs no internet",
+    )
     args = parser.parse_args()
     args.tasks = fewshot.names_of(args.tasks)
+    fewshot.check_include_path(args.include_path)
     fewshot.check_installed()
     return args
 
@@ -143,7 +153,10 @@ def main() -> None:
     args = parse_args()
     from eval import harness  # takes seconds and is optional
 
-    manager = harness.open_tasks(args.tasks, None)
+    manager = harness.open_tasks(args.tasks, args.include_path)
+    if args.dry_run:
+        print(f"{', '.join(args.tasks)}: known")
+        return
     n_failed = 0
     for name in args.tasks:
         try:

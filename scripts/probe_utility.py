@@ -17,7 +17,6 @@ Works on checkpoints of AdamW, without dropout and in float32. It takes a minute
 import json
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -37,7 +36,7 @@ from data import RunData, open_data, read_batch, validation_windows
 from eval.models import find_run
 from files import write_text
 from model import GPT
-from recipe import lr_at, with_added_keys
+from recipe import with_added_keys
 from reweight import STRATEGIES, sample_weights
 from runtime import checkpoint, reference
 
@@ -83,7 +82,6 @@ class Probe:
         self.settings, self.step = with_added_keys(state["identity"]), state["step"]
         if self.settings["optimizer"] != "adamw":
             raise UserError(f"--run {folder}: needs a run of --optimizer adamw")
-        self.max_steps = state["max_steps"]
         self.model = checkpoint.load_model(folder).to(device).eval()
         self.device = device
         self.optimizer = checkpoint.load_tensors(folder, "optimizer.pt")
@@ -110,11 +108,6 @@ class Probe:
         if data.train.tokenizer_sha256 != tokenizer_sha256:
             raise UserError(f"--data_dir {data_dir} has another tokenizer than the run")
         return data._replace(val_windows=validation_windows(data.val, None))
-
-    def lr(self) -> float:
-        """The learning rate of the checkpoint's next step; the last one's where it is the end."""
-        step = min(self.step, self.max_steps - 1)
-        return lr_at(step, Namespace(**self.settings, max_steps=self.max_steps))
 
     def fold(self, k: int, batches: int, windows: int) -> Samples:
         """Fold k of FOLDS: `batches` steps from the checkpoint on, `windows` a domain."""
@@ -201,7 +194,6 @@ class Found(NamedTuple):
     ess: float  # effective sample size, as a share of the batch
     gain: float
     error: float  # standard error of gain
-    per_lr: float  # further fall of the validation loss in a step, per unit of learning rate
 
     def verdict(self) -> str:
         """Of a two-sided t test at 5 % over the folds."""
@@ -230,7 +222,7 @@ def judge(folds: list[Samples], G: int, choice: Choice) -> Found:
     plain = np.mean([samples.utility.mean() for samples in folds])
     change = float(np.mean(changes))
     error = float(np.std(changes, ddof=1)) / math.sqrt(FOLDS)
-    return Found(choice, float(np.mean(sizes)), change / plain, error / abs(plain), change)
+    return Found(choice, float(np.mean(sizes)), change / plain, error / abs(plain))
 
 
 def choices(probe: Probe, r: float) -> list[Choice]:
@@ -278,13 +270,11 @@ def as_text(probe: Probe, found: list[Found], of_groups: list) -> str:
     width = max(len(f.choice.title()) for f in found) + 2
     lines = [
         f"step {probe.step:,}: change of the mean utility, as a share of what uniform weights have",
-        f"{'weights':<{width}}{'ess':>6}{'change':>10}{'± error':>10}{'nats':>12}  verdict",
+        f"{'weights':<{width}}{'ess':>6}{'change':>10}{'± error':>10}  verdict",
     ]
     for f in found:
-        nats = f"{100 * probe.lr() * f.per_lr:+.5f}"
-        numbers = f"{f.ess:>6.2f}{f.gain:>+10.1%}{f.error:>10.1%}{nats:>12}"
+        numbers = f"{f.ess:>6.2f}{f.gain:>+10.1%}{f.error:>10.1%}"
         lines.append(f"{f.choice.title():<{width}}{numbers}  {f.verdict()}")
-    lines.append("nats: further fall of the validation loss over 100 steps at this learning rate")
     lines.append(f"\n{'samples':<{width}}{'share':>8}{'utility':>10}{'± error':>10}  (1: of all)")
     for name, share, utility, error in of_groups:
         lines.append(f"{name:<{width}}{share:>8.1%}{utility:>10.2f}{error:>10.2f}")
@@ -295,7 +285,7 @@ def write(path: Path, probe: Probe, found: list[Found], of_groups: list) -> None
     """The tables as JSON."""
     weights = [f._asdict() | {"choice": f.choice._asdict(), "verdict": f.verdict()} for f in found]
     samples = [dict(zip(("name", "share", "utility", "error"), g, strict=True)) for g in of_groups]
-    content = {"step": probe.step, "lr": probe.lr(), "weights": weights, "samples": samples}
+    content = {"step": probe.step, "weights": weights, "samples": samples}
     write_text(path, json.dumps(content, indent=1))
 
 

@@ -8,8 +8,9 @@
 #   GPUS=4                  processes of each run (default: one per GPU of this machine, at least 1)
 #   PARALLEL=runs           one run per GPU at a time instead, for small models; each writes what it
 #                           prints to RUN/output.log
-#   TASKS=sciq,piqa         few-shot tasks (default: those of eval/fewshot.py; none: no scores). Where
-#                           there is internet, scripts/fetch_tasks.py fills the cache that they need.
+#   TASKS=sciq,piqa         few-shot tasks (default: those of eval/fewshot.py; none: no scores). The
+#                           names are checked before the training. Where there is internet,
+#                           scripts/fetch_tasks.py fills the cache that they need.
 #   KEEP_OPTIMIZER=1        keep the whole checkpoints of a run that is trained and evaluated, 24 bytes
 #                           per parameter; by default only its model stays, 4 bytes per parameter
 #   PUBLISHED=1             every run with config/published.py (docs/reproduction.md)
@@ -27,6 +28,11 @@ source scripts/runs.sh
 NAME=$(basename "$0" .sh)
 NAME=${NAME#reproduce_}
 fail() { echo "error: $1" >&2; exit 2; }
+[ $# = 0 ] || fail "$1: no arguments; settings stand before the command: TASKS=none SIZES=124m bash $0"
+for name in SIZE SEED STRATEGY TASK MIXTURE; do
+  plural=${name/%Y/IE}S
+  [ -z "${!name:-}" ] || fail "$name=${!name}: is not read; did you mean $plural? Otherwise: unset $name"
+done
 for flag in DRY_RUN SMOKE SLURM PUBLISHED KEEP_OPTIMIZER; do
   [ "${!flag:-1}" = 1 ] || fail "$flag=${!flag}: must be 1, or not set"
 done
@@ -43,7 +49,7 @@ GPUS=${GPUS:-$(
 [[ $GPUS =~ ^[0-9]+$ ]] || fail "GPUS=$GPUS: must be a number, such as 4"
 LAUNCH=(python)
 [ "$GPUS" -le 1 ] || [ -n "${PARALLEL:-}" ] || LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS" --)
-RUNS=runs RESULTS=results/$NAME SMOKE_FLAGS=() FEWSHOT=()
+RUNS=runs RESULTS=results/$NAME SMOKE_FLAGS=() TASK_FLAGS=() SHOTS=()
 MADE=() SIZE_OF=() SEED_OF=() FLAGS_OF=()  # of each run: its folder, size, seed and flags
 if [ -n "${SMOKE:-}" ]; then
   SIZES=tiny DATA=data/sample RUNS=runs/smoke RESULTS=results/smoke/$NAME
@@ -54,13 +60,15 @@ if [ -n "${SMOKE:-}" ]; then
   SMOKE_FLAGS=(--max_steps "$STEPS" --warmup_steps $((STEPS / 12)))
   SMOKE_FLAGS+=(--reweight_warmup_steps $((STEPS / 6)) --eval_interval $((STEPS / 4)))
   SMOKE_FLAGS+=(--checkpoint_interval $((STEPS / 2)))
-  FEWSHOT=(--include_path tests/tasks --num_fewshot 0)
+  TASK_FLAGS=(--include_path tests/tasks) SHOTS=(--num_fewshot 0)
 fi
 DATA=${DATA:-data/slimpajama}
 SEEDS=${SEEDS:-42 43 44}
+TASKS=${TASKS:-}
+TASKS=${TASKS//[[:space:]]/,}  # as in SEEDS, spaces between the names will do
 KNOWN_STRATEGIES=$(sed -n '/^STRATEGIES/,/^}/s/^ *"\(.*\)":.*/\1/p' reweight.py)
 ALL_TASKS=${TASKS:-$(sed -n '/^TASKS = (/,/^)/s/^ *"\(.*\)",/\1/p' eval/fewshot.py)}
-[ -n "${TASKS:-}" ] && FEWSHOT+=(--tasks "$TASKS")
+[ -z "$TASKS" ] || TASK_FLAGS+=(--tasks "$TASKS")
 
 # Run a command so that a signal reaches it, or print it.
 do_() {
@@ -82,7 +90,7 @@ add_one() {
   local preset=${SMOKE:+124m}  # a smoke run is the smallest preset, then config/tiny_cpu.py
   preset=${preset:-$size}
   [ -e "config/gpt2_$preset.py" ] ||
-    fail "SIZES: no config for $size; there are: $(cd config && echo gpt2_*.py)"
+    fail "SIZES: no config for $size; with spaces between them: $(cd config && echo gpt2_*.py)"
   grep -qxF "$strategy" <<< "$KNOWN_STRATEGIES" ||
     fail "STRATEGIES: $strategy is not one of $(echo $KNOWN_STRATEGIES)"
   [[ $seed =~ ^[0-9]+$ ]] || fail "SEEDS=$SEEDS: must be numbers, such as \"42 43\""
@@ -115,8 +123,8 @@ carry_out() {
     ! was_stopped "$code" || return "$code"
   fi
   [ -n "${KEEP_OPTIMIZER:-}${DRY_RUN:-}" ] || ! is_of_newest "$out" perplexity || drop_optimizer "$out"
-  if [ "${TASKS:-}" != none ] && ! has_all_scores "$out"; then
-    do_ "${LAUNCH[@]}" eval/fewshot.py --run "$out" "${FEWSHOT[@]}" || code=$?
+  if [ "$TASKS" != none ] && ! has_all_scores "$out"; then
+    do_ "${LAUNCH[@]}" eval/fewshot.py --run "$out" "${TASK_FLAGS[@]}" "${SHOTS[@]}" || code=$?
     [ -n "${DRY_RUN:-}" ] || [ -z "$(failed_tasks "$out")" ] || code=1
   fi
   return "$code"
@@ -208,6 +216,11 @@ prepare_once() {
   if [ -n "${SMOKE:-}" ] && [ -z "${ONLY:-}" ]; then
     attend python prepare_slimpajama.py --source sample --tokenizer bytes --out data/sample
   fi
+  # A mistyped task would show only after the training.
+  if [ -n "$TASKS" ] && [ "$TASKS" != none ] && [ -z "${ONLY:-}" ]; then
+    echo "== checking the names in TASKS"
+    attend python scripts/fetch_tasks.py --dry_run "${TASK_FLAGS[@]}" || exit
+  fi
 }
 
 one_after_another() {
@@ -286,9 +299,9 @@ list_missing() {
       what="not trained to the end ($(progress "$out"))"
     elif ! is_of_newest "$out" perplexity; then
       what="no perplexity"
-    elif [ "${TASKS:-}" != none ] && ! is_of_newest "$out" fewshot; then
+    elif [ "$TASKS" != none ] && ! is_of_newest "$out" fewshot; then
       what="no few-shot scores"
-    elif [ "${TASKS:-}" != none ] && tasks=$(failed_tasks "$out") && [ -n "$tasks" ]; then
+    elif [ "$TASKS" != none ] && tasks=$(failed_tasks "$out") && [ -n "$tasks" ]; then
       what="no few-shot score for $(echo $tasks)"
       unscored=1
     fi

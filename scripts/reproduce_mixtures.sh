@@ -8,7 +8,10 @@
 # Time: 102 A100 hours (estimate, as in config/).
 # Disk: 49 GB, and 24 bytes per parameter of each run that trains. KEEP_OPTIMIZER=1: 293 GB.
 source "$(dirname "$0")/reproduce.sh"
+known=$(sed -n '/^MIXTURES/,/^}/s/^    "\([^"]*\)":.*/\1/p' data.py)
 for mixture in ${MIXTURES:-doge doremi}; do
+  [[ $mixture == *=* ]] || grep -qxF "$mixture" <<< "$known" ||
+    fail "MIXTURES: $mixture is not one of $(echo $known), nor numbers of domains, such as cc=0.5,c4=0.5"
   LABEL=_$mixture
   add "${SIZES:-124m 210m 684m}" "${STRATEGIES:-uniform linupper}" --mixture "$mixture"
 done

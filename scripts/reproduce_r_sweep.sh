@@ -11,6 +11,7 @@ add "${SIZES:-124m}" uniform
 all_r="0.1 0.2 0.4 0.8 1.6 3.2"
 [ -z "${SMOKE:-}" ] || all_r="0.4 4.0"
 for r in ${R:-$all_r}; do
+  [[ $r =~ ^[0-9]*\.?[0-9]+$ && $r =~ [1-9] ]] || fail "R=$R: must be numbers above 0, such as \"0.2 0.4\""
   LABEL=_r$r
   add "${SIZES:-124m}" "${STRATEGIES:-linupper}" --r "$r"
 done

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,6 @@ import torch
 
 from cli import Parser, UserError, run
 from files import write_text
-from recipe import lr_at
 from runtime import checkpoint
 from scripts.probe_utility import Choice, judge
 from scripts.when.data import shorten
@@ -243,7 +241,10 @@ class Study:
         return Choice(weights["reweight"], weights["r"], weights["reweight_unit"], has_reference)
 
     def predicted(self, setting: Setting, seed: int) -> float | None:
-        """What the probe at the branch says of the gain in direction at the end of a row."""
+        """The gain in direction that the probe at the branch forecasts for the end of a row.
+
+        It is the change of the mean utility, as a share, of what the uniform run gains meanwhile.
+        """
         choice = self.choice(setting)
         if choice is None:
             return None
@@ -252,9 +253,10 @@ class Study:
         folder = checkpoint.checkpoint_folder(uniform, start)
         folds = probed(folder, self.reference(setting.regime, seed))
         state = checkpoint.read_json(folder / "state.json")
-        recipe = Namespace(**state["identity"], max_steps=state["max_steps"])
-        found = judge(folds, recipe.global_batch_size, choice)
-        return found.per_lr * sum(lr_at(step, recipe) for step in range(start, self.end(setting)))
+        found = judge(folds, state["identity"]["global_batch_size"], choice)
+        losses = evaluations(uniform)
+        fall = losses[start]["mean_loss"] - losses[self.end(setting)]["mean_loss"]
+        return found.gain * fall
 
     def is_done(self, setting: Setting, seed: int) -> bool:
         """Whether all that a row needs is there."""

@@ -71,6 +71,7 @@ def test_documents_of_different_lengths_by_hand():
         [documents(np.zeros(50)), documents([0.0, 0.0], [1000, 1])],  # of two equal models
     ],
 )
+@pytest.mark.filterwarnings("error")  # of NumPy, of a division by 0
 def test_too_few_documents_give_no_interval(domains):
     found = estimate(domains)
     assert math.isfinite(found.mean)

@@ -46,6 +46,17 @@ def test_a_window_needs_all_of_its_targets(tmp_path):
     assert open_split(folder, "val").n_windows.tolist() == [2]
 
 
+@pytest.mark.parametrize("tokens, windows", [(0, 0), (1, 0), (2, 1)])
+def test_windows_of_one_target(tmp_path, tokens, windows):
+    folder = write_shards(tmp_path, {"c4": {"train": np.arange(9), "val": np.arange(9)}})
+    manifest = read_manifest(folder)
+    writer = ShardWriter(folder, "c4", "train", 10)
+    writer.write(np.arange(tokens, dtype=np.uint16))
+    manifest["domains"]["c4"]["train"] = writer.close()
+    split = data.Split(folder, manifest, "train", 1)
+    assert split.n_windows.tolist() == [windows]
+
+
 def test_windows_do_not_cross_shards(tmp_path):
     write_shards(tmp_path, {"c4": {"train": np.zeros(1), "val": np.arange(30)}})
     writer = ShardWriter(tmp_path, "c4", "train", 25)
@@ -78,6 +89,24 @@ def test_permutation_is_one(n_values=(1, 2, 3, 5, 64, 1000, 4097)):
     assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("n", [16, 17, 64, 65])
+def test_no_window_has_a_place_of_its_own(n):
+    """Around the sizes at which the permutation changes its form."""
+    orders = [data.permute(np.arange(n), n, seed, 0, 0).tolist() for seed in range(99)]
+    assert len({order.index(n - 1) for order in orders}) > 10
+
+
+def test_permutations_are_stable():
+    """A resumed or repeated run sees the windows in the order that it saw before."""
+    first_four = {n: data.permute(np.arange(4), n, 1, 2, 3).tolist() for n in (16, 17, 64, 65)}
+    assert first_four == {
+        16: [13, 12, 11, 6],
+        17: [14, 0, 3, 13],
+        64: [44, 61, 33, 13],
+        65: [28, 18, 47, 49],
+    }
+
+
 def test_few_windows_come_in_every_order():
     """All 24 orders of four windows, each about as often as the others."""
     orders = [tuple(data.permute(np.arange(4), 4, seed, 0, 0)) for seed in range(2400)]
@@ -85,8 +114,8 @@ def test_few_windows_come_in_every_order():
     assert sum(counts) == 2400 and 60 < min(counts) and max(counts) < 140
 
 
-def test_permutation_of_a_billion_needs_no_table():
-    n = 10**9
+def test_permutation_of_ten_billion_needs_no_table():
+    n = 10**10
     out = data.permute(np.arange(n - 1000, n), n, 7, 0, 0)
     assert len(set(out.tolist())) == 1000 and 0 <= out.min() and out.max() < n
 
@@ -342,6 +371,42 @@ def test_the_index_of_the_kinds_is_missing(tmp_path):
         data.Split(tmp_path, manifest, "train", 10)
 
 
+def labelled_split(folder, documents, shard_tokens=10**9):
+    """Windows of 5 tokens: of c4 with (tokens, label) of its documents, of cc without labels."""
+    tokens = {"train": np.arange(20), "val": np.arange(20)}
+    write_shards(folder, {"cc": tokens, "c4": tokens})
+    writer = ShardWriter(folder, "c4", "train", shard_tokens)
+    for n, label in documents:
+        writer.add(np.zeros(n, dtype=np.uint16), n, label)
+    manifest = read_manifest(folder)
+    manifest["domains"]["c4"]["train"] = writer.close()
+    split = data.Split(folder, manifest, "train", 5)
+    assert split.domains == ("cc", "c4")
+    return split
+
+
+def test_a_window_has_the_label_of_most_of_its_targets(tmp_path):
+    """Targets 1 to 5: three of a. Targets 6 to 10: three of a again, after two of b."""
+    split = labelled_split(tmp_path, [(4, "a"), (4, "b"), (3, "a")])
+    assert split.kind_of(np.array([[1, 0], [1, 1]])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("n, windows", [(10, 1), (11, 2)])
+def test_every_window_of_a_shard_has_the_shards_label(tmp_path, n, windows):
+    """Two shards of n tokens each."""
+    split = labelled_split(tmp_path, [(n, "a"), (n, "b")], shard_tokens=n)
+    pairs = np.array([[1, i] for i in range(2 * windows)])
+    assert split.kind_of(pairs).tolist() == [0] * windows + [1] * windows
+
+
+def test_labels_are_sorted_and_a_domain_may_have_none(tmp_path):
+    """Every process lists them in the same order."""
+    split = labelled_split(tmp_path, [(6, label) for label in "hgfedcba"])
+    assert split.kinds == tuple("abcdefgh")
+    pairs = np.array([[0, 0], [0, 1], [1, 0], [1, 2]])
+    assert split.kind_of(pairs).tolist() == [-1, -1, 7, 5]
+
+
 def test_missing_and_short_shards(folder):
     shard = folder / "arxiv" / "train_00000.npy"
     content = shard.read_bytes()
@@ -356,6 +421,32 @@ def test_missing_and_short_shards(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="did not finish"):
         read_manifest(folder)
+
+
+def test_a_validation_split_without_a_window(folder):
+    split = open_split(folder, "val", block_size=60)
+    with pytest.raises(UserError, match="the validation split has no window of 60 tokens"):
+        data.validation_windows(split, 5)
+
+
+def test_a_split_describes_its_data(folder):
+    """What evaluations and the identity of a run take from it."""
+    manifest = read_manifest(folder)
+    split = open_split(folder)
+    (shard,) = manifest["domains"]["arxiv"]["train"]
+    assert split.tokens["arxiv"] == 101
+    assert split.bytes["arxiv"] == shard["bytes"]
+    assert split.sha256["arxiv"] == [shard["sha256"]]
+    assert split.eot_token == manifest["tokenizer"]["eot_token"]
+    assert split.tokenizer_sha256 == manifest["tokenizer"]["sha256"]
+
+
+def test_prefetch_is_two_steps_ahead_to_the_end():
+    asked = []
+    steps = (asked.append(step) or step for step in range(20))
+    for done, step in enumerate(data.prefetch(lambda step: step, steps), 1):
+        assert step == done - 1
+        assert len(asked) == min(done + 2, 20)
 
 
 def test_prefetch_keeps_order_and_raises():

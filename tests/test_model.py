@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, SIZES, Cache, GPTConfig, attend, token_losses
+from model import ATTENTION, GPT, SIZES, Cache, GPTConfig, attend, token_losses
 
 SMALL = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, vocab_size=211)
 PARAMETERS = {
@@ -62,6 +63,13 @@ def test_gradients_equal_transformers(reference):
 def test_parameter_counts(name):
     with torch.device("meta"):
         assert GPT(SIZES[name]).n_parameters() == PARAMETERS[name]
+
+
+def test_biases_start_at_0_and_gains_at_1():
+    for name, parameter in GPT(SMALL).named_parameters():
+        if parameter.dim() == 1:
+            expected = 1 if name.endswith("weight") else 0
+            assert (parameter == expected).all(), name
 
 
 def test_initialisation_is_gpt2s():
@@ -191,6 +199,15 @@ def test_a_compiled_model_is_one_graph_with_the_same_gradients(recompute):
         assert relative(gradient, plain) < 1e-5
 
 
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_losses_are_no_view(chunk):
+    """FSDP warns of a view: changed in place, it would lose the hook that starts backward."""
+    model = GPT(SMALL)
+    model.loss_chunk = chunk
+    idx = torch.randint(0, 211, (2, 20))
+    assert not model(idx, idx)._is_view()
+
+
 def test_selective_keeps_matrix_products_and_full_does_them_again():
     def flops(**ways):
         with FlopCounterMode(display=False) as counter:
@@ -200,6 +217,34 @@ def test_selective_keeps_matrix_products_and_full_does_them_again():
     assert flops(recompute="selective") == flops()
     assert flops(loss_chunk=40) == flops() + 2 * 80 * 211 * 64  # the logits once more
     assert flops(recompute="full") > 1.1 * flops()
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts how often a fused attention runs."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute, calls", [("none", 3), ("selective", 3), ("full", 6)])
+def test_selective_does_attention_without_dropout_once(recompute, calls):
+    with AttentionCalls() as counter:
+        step(recompute=recompute)
+    assert counter.calls == calls  # of three blocks
+
+
+def test_losses_of_a_model_in_bfloat16_are_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 32, 16, generator=generator).bfloat16().unbind()
+    targets = torch.randint(0, 32, (32,), generator=generator)
+    losses = token_losses(x, weight, targets, 0)
+    logits = torch.nn.functional.linear(x, weight).double()
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_the_cache_works_with_recomputation_set():
@@ -228,3 +273,18 @@ def test_a_padded_head_dimension_changes_nothing(masked):
     assert attention(8)[0].shape == q.shape
     for padded, plain in zip(attention(8), attention(1), strict=True):
         torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("D, expected", [(50, 56), (64, 64)])
+def test_fused_attention_gets_multiples_of_8(monkeypatch, D, expected):
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(q, k, v, *args, **kwargs):
+        seen.extend([q.size(-1), k.size(-1), v.size(-1)])
+        return fused(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    q, k, v = torch.randn(3, 1, 2, 5, D).unbind()
+    assert attend(q, k, v, None, 0.0, 8).shape == q.shape
+    assert seen == [expected] * 3

@@ -106,6 +106,31 @@ def test_worked_by_hand(strategy, expected):
     )
 
 
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [
+        ("uniform", [0, 0, 0]),
+        ("linupper", [0, 1, 1]),
+        ("quadratic", [0, 1, 0]),
+        ("extremes", [1, 0, 1]),
+        ("upper", [0, 0.5, 1]),
+        ("band", [0, 1, 0]),
+    ],
+)
+def test_f_by_hand(strategy, expected):
+    """A constant added to f changes no weight, but the figure that draws f (eval/plots.py)."""
+    h = torch.tensor([-1.0, 0.0, 1.0])
+    assert STRATEGIES[strategy](h, 1.0).tolist() == expected
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_are_float32_for_losses_of_any_precision(strategy, dtype):
+    losses = torch.linspace(2, 4, 7).to(dtype)
+    weights = sample_weights(losses, strategy, 0.4)
+    torch.testing.assert_close(weights, sample_weights(losses.float(), strategy, 0.4))
+
+
 def test_band_is_linupper_below_the_highest_tenth():
     losses = torch.linspace(0, 1, 41)
     band, linupper = (sample_weights(losses, name, 0.4) for name in ("band", "linupper"))
@@ -144,6 +169,12 @@ def test_delta_bounds_the_normalised_losses():
 def test_uniform_is_exactly_one_over_n(n):
     weights = sample_weights(torch.randn(n), "uniform", r=0.4)
     assert weights.eq(torch.tensor(1 / n, dtype=torch.float32)).all()
+
+
+def test_a_cap_leaves_uniform_exactly_one_over_n():
+    """41 times the nearest float32 to 1 / 41 is not 1, so that the cap would scale the weights."""
+    weights = sample_weights(torch.randn(41), "uniform", r=0.4, max_weight=1.5)
+    assert weights.eq(torch.tensor(1 / 41, dtype=torch.float32)).all()
 
 
 def test_uniform_gradient_is_the_plain_means_bit_for_bit():
@@ -309,6 +340,13 @@ def test_quantile_norm_by_hand():
         assert torch.equal(
             *(normalize_losses(torch.tensor(few), norm=norm) for norm in ("quantile", "minmax"))
         )
+
+
+@pytest.mark.parametrize("n, clipped", [(4, 1), (10, 1), (11, 2), (30, 3), (31, 4)])
+def test_the_quantile_norm_clips_a_tenth_rounded_up_at_each_end(n, clipped):
+    h = normalize_losses(torch.arange(float(n)), norm="quantile")
+    assert h.eq(-1).sum() == clipped + 1  # and the lowest that is left
+    assert h.eq(1).sum() == clipped + 1
 
 
 def test_domain_means_are_debiased_running_means():

@@ -131,6 +131,29 @@ def test_a_domains_mean_loss_is_subtracted_before_weighting():
     assert trainer.expected_losses(domain, G).tolist() == [3, 3, 3, 3, 3, 3, 1, 3]
 
 
+@pytest.mark.parametrize("rank, expected", [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 0])])
+def test_a_rank_expects_the_losses_of_its_own_samples(monkeypatch, rank, expected):
+    """The running mean loss of domain d is d here."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer = new_trainer()
+    trainer.domain_losses[0] = torch.arange(7)
+    trainer.domain_losses[1] = 1
+    assert trainer.expected_losses(torch.arange(G) % 7, G // 2).tolist() == expected
+
+
+def test_a_sequence_without_bytes_counts_as_one_of_a_byte():
+    """The scale is in tokens per byte; tokens 0, 1 and 2 have as many bytes."""
+    config = TrainConfig(**SETTINGS, reweight_unit="byte")
+    byte_lengths = torch.arange(V)
+    trainer = Trainer(GPT(SHAPE), config, len(DOMAINS), torch.device("cpu"), byte_lengths)
+    y = torch.zeros(3, T, dtype=torch.long)
+    y[1, 0] = 1
+    y[2] = 2
+    view = trainer.view(Batch(y, y, None, None), y, y)
+    assert view.scale.tolist() == [T, T, 0.5]
+
+
 def test_noise_is_that_of_manual_seed():
     seed_noise(torch.device("cpu"), 2**62 + 5)
     ours = torch.rand(9)
@@ -213,6 +236,13 @@ def test_the_first_step_sets_the_domains_mean_losses():
     losses = trainer.step(0, batch_of(0)).losses.tolist()
     expected = [(losses[0] + losses[7]) / 2, *losses[1:7]]
     assert domain_means(trainer.domain_losses).tolist() == pytest.approx(expected)
+
+
+def test_no_result_keeps_the_graph_of_its_step():
+    trainer = new_trainer(reweight_norm="domain")
+    result = trainer.step(0, batch_of(0))
+    tensors = [*result, trainer.domain_losses, trainer.guard.norms]
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_a_trainer_continues_from_the_state_of_another():
@@ -307,10 +337,11 @@ class NoUpdate(torch.optim.SGD):
         pass
 
 
+@pytest.mark.parametrize("step", [0, 200])  # before and after the guard can tell a spike
 @pytest.mark.parametrize(
     "settings", [{"reweight": "uniform"}, {"reweight_norm": "domain", "max_weight": 1.5}], ids=str
 )
-def test_all_tensors_of_a_step_are_on_its_device(monkeypatch, settings):
+def test_all_tensors_of_a_step_are_on_its_device(monkeypatch, settings, step):
     """The meta device stands for a GPU: its tensors have no values, and do not mix with others."""
     monkeypatch.setattr("step.make_optimizer", lambda model, _: NoUpdate(model.parameters()))
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
@@ -318,7 +349,7 @@ def test_all_tensors_of_a_step_are_on_its_device(monkeypatch, settings):
         **{**SETTINGS, "reweight_warmup_steps": 0, "skip_grad_norm": 5, **settings}
     )
     trainer = Trainer(GPT(SHAPE), config, len(DOMAINS), torch.device("meta"))
-    result = trainer.step(200, batch_of(0))
+    result = trainer.step(step, batch_of(0))
     tensors = [*result, trainer.domain_losses, trainer.guard.norms, trainer.guard.halted]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
@@ -350,6 +381,28 @@ def test_a_spike_is_a_norm_above_ten_medians_of_the_newest_hundred(steps, median
     falling = [150.0 - step for step in range(steps)]
     assert guard_after(falling).limits(steps).tolist() == [math.inf, 10 * median]
     assert guard_after(falling, skip_grad_norm=5.0).limits(steps).tolist() == [5 * median] * 2
+
+
+@pytest.mark.parametrize(
+    "skip_grad_norm, median, taken",
+    [
+        (2.0, 0.5, True),  # at the limit
+        (2.0, 0.49, False),
+        (0.0, 0.01, True),  # a spike, but no limit
+    ],
+)
+def test_a_step_is_taken_up_to_the_limit(skip_grad_norm, median, taken):
+    """median: of the gradient norms before, as a multiple of this step's."""
+    norm = new_trainer().step(50, batch_of(0)).grad_norm
+    trainer = new_trainer(skip_grad_norm=skip_grad_norm)
+    trainer.guard.norms[:] = median * norm
+    assert trainer.step(50, batch_of(0)).taken == taken
+
+
+def test_the_guard_records_the_norm_of_a_step():
+    trainer = new_trainer()
+    norm = trainer.step(3, batch_of(3)).grad_norm
+    assert trainer.guard.norms[3] == norm
 
 
 def test_norms_of_skipped_steps_do_not_count():
