@@ -133,6 +133,9 @@ def test_presets_are_the_recipe_of_their_size():
         ({"STRATEGIES": "quantile"}, ["quantile"]),
         ({"SEEDS": "a"}, ["SEEDS=a", "42"]),
         ({"PARALLEL": "2"}, ["PARALLEL=2", "runs"]),
+        ({"SIZE": "124m"}, ["SIZE=124m", "SIZES", "unset SIZE"]),
+        ({"STRATEGY": "uniform"}, ["STRATEGIES"]),
+        ({"SMOKE": "1", "TASKS": "where last_word"}, ["last_word", "'last_words'"]),
         ({"PUBLISHED": "yes"}, ["PUBLISHED=yes", "1"]),
         ({"KEEP_OPTIMIZER": "0"}, ["KEEP_OPTIMIZER=0", "not set"]),
         ({"SMOKE": "1", "SLURM": "1", "PATH": "/usr/bin:/bin"}, ["SLURM=1", "no sbatch here"]),
@@ -143,6 +146,24 @@ def test_presets_are_the_recipe_of_their_size():
 )
 def test_wrong_settings_of_a_reproduction_are_told_in_one_line(settings, words):
     expect_error(reproduce("slimpajama", **settings), *words)
+
+
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("r_sweep", {"R": "0.4 high"}, ["R=0.4 high", "numbers"]),
+        ("r_sweep", {"R": "0.0"}, ["R=0.0"]),
+        ("mixtures", {"MIXTURES": "doge dorem"}, ["dorem", "doremi", "c4cc", "cc=0.5"]),
+    ],
+)
+def test_wrong_values_of_one_reproduction(name, settings, words):
+    expect_error(reproduce(name, DRY_RUN="1", **settings), *words)
+
+
+def test_a_reproduction_takes_no_arguments():
+    process = ["bash", "scripts/reproduce_c4cc.sh", "TASKS=none"]
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+    expect_error(done, "TASKS=none", "before the command")
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
@@ -580,7 +601,8 @@ def test_a_checkpoint_without_optimizer_opens(tmp_path):
     model = GPT(shape)
     for step in (2, 4):
         checkpoint.save(run, step, (model.state_dict(), {"a": model.wte.weight}), state, 2)
-    code = 'source scripts/reproduce.sh && is_finished "$1" && drop_optimizer "$1" && progress "$1"'
+    code = "run=$1; shift; source scripts/reproduce.sh && "
+    code += 'is_finished "$run" && drop_optimizer "$run" && progress "$run"'
     process = ["bash", "-c", code, "reproduce_slimpajama.sh", run]
     for _ in range(2):  # twice is once
         done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
