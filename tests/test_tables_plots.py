@@ -436,6 +436,22 @@ def test_the_speedup_table(tmp_path):
     assert rows["speed-up in steps"] == ["2.00 (1 of 2 runs)", "not reached"]
 
 
+def test_without_logged_times_there_are_no_minutes():
+    """Of the run, or of its uniform run."""
+    points = [(0, 5.0), (20, 1.0)]
+    timed, untimed = curve(points), curve(points, rates=())
+    assert speedup(untimed, timed)["minutes"] is None
+    row = speedup(timed, untimed)
+    assert row["uniform's minutes"] is None
+    assert row["speed-up in time"] is None
+
+
+def test_a_loss_that_is_never_reached_is_so_in_every_row():
+    row = speedup(curve([(0, 5.0), (20, 2.1)]), curve([(0, 5.0), (20, 2.0)]))
+    for label in ("steps", "minutes", "speed-up in steps", "speed-up in time"):
+        assert row[label] == "not reached"
+
+
 def scores(shots=5, step=9, **tasks):
     return {
         "step": step,
