@@ -113,8 +113,7 @@ class Probe:
         """Fold k of FOLDS: `batches` steps from the checkpoint on, `windows` a domain."""
         direction = self.validation_direction(k, windows)
         first = self.step + k * batches
-        pairs = [self.data.sampler.draw(first + i) for i in range(batches)]
-        pairs = np.concatenate(pairs)
+        pairs = np.concatenate([self.data.sampler.draw(first + i) for i in range(batches)])
         losses, ref, tokens_per_byte = self.look(pairs)
         fall = sum((g * d).sum().item() for g, d in direction)
         epsilon = FALL / fall
@@ -257,12 +256,8 @@ def groups(probe: Probe, folds: list[Samples]) -> Iterator[tuple[str, float, flo
                 means.append(samples.utility[mask].mean() / plain)
         if len(means) > 1:
             share = float(np.mean(np.concatenate(members)))
-            yield (
-                name,
-                share,
-                float(np.mean(means)),
-                float(np.std(means, ddof=1) / len(means) ** 0.5),
-            )
+            error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+            yield name, share, float(np.mean(means)), error
 
 
 def as_text(probe: Probe, found: list[Found], of_groups: list) -> str:

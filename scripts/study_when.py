@@ -32,6 +32,7 @@ import torch
 
 from cli import Parser, UserError, run
 from files import write_text
+from recipe import TrainConfig
 from runtime import checkpoint
 from scripts.probe_utility import Choice, judge
 from scripts.when.data import shorten
@@ -227,7 +228,7 @@ class Study:
 
     def calibrate(self, folder: Path, regime: str) -> float:
         """The validation loss of a checkpoint at a fitted temperature."""
-        flags = {"eval_windows": 64} | self.plan.flags | self.plan.regimes[regime].flags
+        flags = self.plan.flags | self.plan.regimes[regime].flags
         return calibrated_loss(folder, flags["eval_windows"])
 
     def choice(self, setting: Setting) -> Choice | None:
@@ -236,7 +237,8 @@ class Study:
         known = {"reweight", "r", "reweight_unit", "reweight_ref"}
         if flags.get("optimizer") == "muon" or not known.issuperset(setting.weights):
             return None
-        weights = {"r": 0.4, "reweight_unit": "token"} | setting.weights
+        weights = {"r": TrainConfig.r, "reweight_unit": TrainConfig.reweight_unit}
+        weights |= setting.weights
         has_reference = "reweight_ref" in weights
         return Choice(weights["reweight"], weights["r"], weights["reweight_unit"], has_reference)
 

@@ -1,6 +1,5 @@
 """A data folder of which each domain has only its first tokens, to repeat them for many epochs."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 
 from corpus.manifest import read_manifest
 from corpus.tokenizer import byte_lengths
+from data import sha256_of
 from files import write_text
 
 
@@ -31,7 +31,7 @@ def shorten(source: Path, to: Path, tokens: int) -> None:
             "documents": int((shard == manifest["tokenizer"]["eot_token"]).sum()),
             "bytes": int(lengths[shard].sum()),
             "file_bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": sha256_of(path),
         }
     # Last: a folder with a manifest is complete.
     write_text(to / "manifest.json", json.dumps(manifest, indent=1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from corpus.manifest import read_manifest
 from data import Split, read_batch, validation_windows
 from files import write_text
 from model import GPT
@@ -37,8 +38,7 @@ def calibrated_loss(folder: Path, per_domain: int) -> float:
         return json.loads(file.read_text())["loss"]
     state = checkpoint.read_json(folder / "state.json")
     data_dir = Path(state["data_dir"])
-    manifest = json.loads((data_dir / "manifest.json").read_text())
-    split = Split(data_dir, manifest, "val", state["gpt"]["block_size"])
+    split = Split(data_dir, read_manifest(data_dir), "val", state["gpt"]["block_size"])
     pairs = validation_windows(split, per_domain)
     losses = losses_at_temperatures(checkpoint.load_model(folder).to(device()), split, pairs)
     loss = cross_fitted(losses, pairs[:, 0])

@@ -66,10 +66,16 @@ def cpu_plan() -> Plan:
         "max_steps": steps,
         "warmup_steps": 30,
         "eval_interval": 50,
+        "eval_windows": 64,
         "checkpoint_interval": 100,
         "device": "cpu",
     }
-    regimes = {
+    return Plan(["config/tiny_cpu.py"], flags, 200, cpu_regimes(per_domain), cpu_settings())
+
+
+def cpu_regimes(per_domain: int) -> dict[str, Regime]:
+    """per_domain: tokens of a domain that a run of the base draws."""
+    return {
         "base": Regime(),
         "labelled corpus": Regime(data="sample"),
         "0.3 epochs": Regime(tokens_per_domain=per_domain * 10 // 3),
@@ -99,7 +105,11 @@ def cpu_plan() -> Plan:
             branch=100,
         ),
     }
-    settings = [
+
+
+def cpu_settings() -> list[Setting]:
+    """The most telling rows first."""
+    return [
         Setting("strategy", "linupper", LINUPPER, controls=BOTH),
         Setting("reference", "linupper, excess loss", LINUPPER | EXCESS, controls=BOTH),
         Setting("reference", "linupper, excess loss, r = 1", LINUPPER | EXCESS | MILD),
@@ -136,7 +146,6 @@ def cpu_plan() -> Plan:
         in_regime("0.8M parameters", "linupper, excess loss", LINUPPER | EXCESS, "size"),
         in_regime("4.9M parameters", "linupper", LINUPPER, "size"),
     ]
-    return Plan(["config/tiny_cpu.py"], flags, 200, regimes, settings)
 
 
 def in_regime(regime: str, weights: str, flags: dict, axis: str = "") -> Setting:
