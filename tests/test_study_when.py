@@ -11,6 +11,7 @@ from conftest import command, expect_error, expect_ok
 from corpus.manifest import data_hash, read_manifest
 from data import Split
 from runtime import checkpoint
+from scripts.probe_utility import Choice, judge
 from scripts.study_when import REFERENCE_SEED, Clock, Study
 from scripts.when import measure, results
 from scripts.when.data import shorten
@@ -105,7 +106,15 @@ def test_the_numbers_of_a_row_are_those_of_its_runs(study):
     assert found.direction() == gaps["shuffled"] - gaps["none"]
     assert found.strategy.gaps.keys() == {4, 6} or found.strategy.gaps[2] == 0
     assert np.mean(list(found.strategy.of_domains.values())) == pytest.approx(gaps["none"])
-    assert found.strategy.calibrated.keys() == {4, 6} and found.predicted is not None
+    assert found.strategy.calibrated.keys() == {4, 6}
+    at_6 = []
+    for folder in (study.branch_folder(ROWS[0], "none", 42), uniform):
+        at_6.append(measure.calibrated_loss(checkpoint.checkpoint_folder(folder, 6), 2))
+    assert found.strategy.calibrated[6] == at_6[0] - at_6[1] != 0
+    reference = study.folder("base", "uniform", 42 + REFERENCE_SEED)
+    folds = measure.probed(checkpoint.checkpoint_folder(uniform, 2), reference)
+    gain = judge(folds, 8, Choice("linupper", 0.4, has_reference=True)).gain
+    assert found.predicted == gain * (loss(uniform, 2) - loss(uniform, 6))
     assert stage[42].strategy.gap == found.strategy.gaps[4] and stage[42].cost() is None
     assert norm[42].predicted is None  # the probe knows no running means of domains
     assert set(found.strategy.shares) == {"noise", "redundant", "ordinary"}
