@@ -104,13 +104,13 @@ class Trainer:
         limits = self.guard.limits(step)
         losses, weights = self.backward(step, x, y, view, batch.pairs)
 
-        clip = self.config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        grad_norm = distributed.full(grad_norm)
+        gradients = [p.grad for p in self.model.parameters()]
+        grad_norm = distributed.full(torch.nn.utils.get_total_norm(gradients))
         taken = grad_norm.isfinite() & (grad_norm <= limits[0])
-        self.optimizer.found_inf = (
-            ~taken
-        ).float()  # read on the device: 1 makes the step change nothing
+        # The optimizer reads both on the device: found_inf = 1 makes it change nothing, and it
+        # divides the gradients by grad_scale, which clips them without a pass of its own.
+        self.optimizer.found_inf = (~taken).float()
+        self.optimizer.grad_scale = (grad_norm / (self.config.grad_clip or math.inf)).clamp(min=1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.config)
         self.optimizer.step()
@@ -288,8 +288,9 @@ class Guard:
 class MuonAndAdamW:
     """Muon for the matrices of the blocks and AdamW for all other parameters, used as one.
 
-    found_inf: 1 makes step() change nothing, without asking the host. AdamW(fused=True) reads it.
-    torch's Muon does not, so the matrices and their momentum are put back as they were.
+    found_inf: 1 makes step() change nothing, without asking the host. grad_scale: the gradients are
+    divided by it. AdamW(fused=True) reads both. torch's Muon does not: its gradients are divided
+    before, and the matrices and their momentum are put back as they were.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
@@ -308,11 +309,12 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Both updates, or none where found_inf is 1."""
-        self.adamw.found_inf = self.found_inf
+        self.adamw.found_inf, self.adamw.grad_scale = self.found_inf, self.grad_scale
         self.adamw.step()
         momenta = [state["momentum_buffer"] for state in self.muon.state.values()]
         tensors = self.muon.param_groups[0]["params"] + momenta
         before = [tensor.clone() for tensor in tensors]
+        torch._foreach_div_([p.grad for p in self.muon.state], self.grad_scale)
         self.muon.step()
         is_skipped = self.found_inf.bool()
         for tensor, old in zip(tensors, before, strict=True):

@@ -78,10 +78,10 @@ def train(run: Run) -> None:
 
         # Log, then agree on whether any rank must stop; all ranks ask in every round.
         if checkpoint_due or step % config.log_interval == 0:
-            run.log_steps(step, telemetry)
+            run.log_steps(telemetry, wait=checkpoint_due)
         halt = run.stop()
-        if halt:
-            run.log_steps(step, telemetry)
+        if halt or telemetry.too_many_skipped:
+            run.log_steps(telemetry)
         if telemetry.too_many_skipped:
             # A skipped step changes nothing, so this is the state before the first of them.
             run.save(telemetry.skipped[0] - 1, trainer.state_dict)
@@ -119,6 +119,8 @@ def train(run: Run) -> None:
         batch = next(stream)
         run.watchdog.at(step, COMPUTING)
         telemetry.add(step + 1, batch.pairs, trainer.step(step, batch))
+        if telemetry.sent:
+            run.log_steps(telemetry)  # now that the GPU has this step to work on
 
 
 if __name__ == "__main__":

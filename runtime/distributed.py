@@ -199,6 +199,19 @@ def no_sync(model: nn.Module, skip: bool):
     return nullcontext()
 
 
+def to_host(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """Copies on the CPU, and what to wait for before they are read; None: nothing."""
+    if tensors[0].device.type != "cuda":
+        return [tensor.cpu() for tensor in tensors], None
+    copies = []
+    for tensor in tensors:
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copies.append(pinned.copy_(tensor, non_blocking=True))
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copies, arrived
+
+
 def full(value: Tensor) -> Tensor:
     """The whole of a tensor that FSDP has spread over the ranks; any other tensor unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -177,11 +177,18 @@ class Run:
         if self.metrics:
             self.metrics.log(record)
 
-    def log_steps(self, step: int, telemetry: Telemetry) -> None:
-        """Log what the steps since the last call did. This waits for the device."""
-        if not telemetry.pending:
+    def log_steps(self, telemetry: Telemetry, wait: bool = True) -> None:
+        """Log what the steps since the last call did.
+
+        This waits for the device. With wait = False it leaves a GPU's numbers on their way to the
+        host, for the next call.
+        """
+        if telemetry.pending and not telemetry.sent:
+            telemetry.send()
+        if not telemetry.sent or (telemetry.sent.arrived and not wait):
             return
-        statistics, events = telemetry.flush()
+        step = int(telemetry.sent.steps[-1])
+        statistics, events = telemetry.read()
         for event in events:
             self.log(event)
         now = time.perf_counter()

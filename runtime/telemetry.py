@@ -1,8 +1,8 @@
 """What the steps of a run did: statistics, histograms, skipped steps, recorded samples.
 
-A step only appends its tensors. Nothing waits for the device until `flush`, which brings the steps
-since the last one to the host in one gather. K steps, G samples of a global batch, n of them on
-this rank, W ranks.
+A step only appends its tensors. `send` begins to bring the steps since the last one to the host, in
+one gather, and only `read` waits for them to arrive. K steps, G samples of a global batch, n of
+them on this rank, W ranks.
 
 RUN/samples.bin (--record_samples): rows of SAMPLE, no header. To print them:
 python eval/inspect_samples.py --run RUN
@@ -49,6 +49,16 @@ class PendingStep(NamedTuple):
     norms: Tensor  # (3,) gradient norm, largest that is taken, largest that is no spike
 
 
+class SentSteps(NamedTuple):
+    """K steps that are on their way to the host."""
+
+    steps: np.ndarray  # (K,)
+    pairs: np.ndarray  # (K, G, 2) domain and window
+    samples: Tensor  # (W, K, 2, n) losses and weights
+    norms: Tensor  # (K, 3)
+    arrived: torch.cuda.Event | None  # None: they are there
+
+
 class Telemetry:
     """Collects on every rank. Steps count from 1: step s is the one that ends with s steps done."""
 
@@ -64,6 +74,7 @@ class Telemetry:
         self.record_every = record_every
         self.may_skip = MAX_SKIPPED if on_nonfinite == "skip" else 1
         self.pending: list[PendingStep] = []
+        self.sent: SentSteps | None = None
         self.seen: list[np.ndarray] = []  # (2, K * G) losses and weights since the last histogram
         self.skipped: list[int] = []  # the skipped steps in a row up to the newest step
         self.failure = ""  # why samples.bin could not be written
@@ -78,17 +89,32 @@ class Telemetry:
         norms = torch.stack([result.grad_norm, *result.limits])
         self.pending.append(PendingStep(step, pairs, samples, norms))
 
-    def flush(self) -> tuple[dict, list[dict]]:
-        """(statistics of the steps since the last call, a record per event); the same on all ranks.
+    def send(self) -> None:
+        """Begin to bring the pending steps to the host, without waiting for the device.
+
+        All ranks call it. What was sent before must have been read.
+        """
+        steps = np.array([p.step for p in self.pending])
+        pairs = np.stack([p.pairs for p in self.pending])
+        own = torch.stack([p.samples for p in self.pending])  # (K, 2, n)
+        samples = distributed.gather(own.flatten()).view(-1, *own.shape)
+        norms = torch.stack([p.norms for p in self.pending])
+        (samples, norms), arrived = distributed.to_host([samples, norms])
+        self.pending = []
+        self.sent = SentSteps(steps, pairs, samples, norms, arrived)
+
+    def read(self) -> tuple[dict, list[dict]]:
+        """(statistics of the steps that were sent, a record per event); the same on all ranks.
 
         Events are skipped steps and gradient spikes. The statistics leave out the skipped steps,
-        and are {} if all were skipped.
+        and are {} if all were skipped. This waits for the device.
         """
-        steps = np.array([p.step for p in self.pending])  # (K,)
-        pairs = np.stack([p.pairs for p in self.pending])  # (K, G, 2)
-        losses, weights = gather_samples([p.samples for p in self.pending])  # (K, G) each
-        norms, limits, spikes = np.array(torch.stack([p.norms for p in self.pending]).tolist()).T
-        self.pending = []
+        steps, pairs, samples, norms, arrived = self.sent
+        self.sent = None
+        if arrived:
+            arrived.synchronize()
+        losses, weights = samples.permute(2, 1, 0, 3).flatten(2).double().numpy()  # (K, G) each
+        norms, limits, spikes = norms.double().numpy().T  # (K,) each
 
         taken = np.isfinite(norms) & (norms <= limits)  # (K,)
         events = []
@@ -113,6 +139,11 @@ class Telemetry:
             statistics |= shares(losses, weights, kind, self.split.kinds, "kind")
         statistics["grad_norm"] = float(norms[taken].mean())
         return statistics, events
+
+    def flush(self) -> tuple[dict, list[dict]]:
+        """Send and read."""
+        self.send()
+        return self.read()
 
     @property
     def too_many_skipped(self) -> bool:
@@ -164,15 +195,6 @@ def drop_samples_after(step: int, path: Path) -> None:
     if path.exists():
         rows = np.fromfile(path, SAMPLE)
         write_bytes(path, rows[rows["step"] <= step].tobytes())
-
-
-def gather_samples(samples: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """K tensors (2, n) of each rank -> losses and weights of all ranks, (K, G) float64 each."""
-    K, n = len(samples), samples[0].size(1)
-    gathered = distributed.gather(torch.stack(samples).flatten())
-    gathered = gathered.view(-1, K, 2, n)  # (W, K, 2, n)
-    losses, weights = gathered.permute(2, 1, 0, 3).flatten(2).cpu().double().numpy()
-    return losses, weights
 
 
 def histogram(values: np.ndarray) -> dict:

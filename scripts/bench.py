@@ -5,6 +5,7 @@
 Commands:
 
     train      how fast a training step is, where its time goes, and what reweighting costs
+    options    what each option of reweighting, and the optimizer, costs in a step
     memory     the peak memory of a step, predicted and measured, and what fits on which card
     eval       what an evaluation costs beyond the model's forward passes
     fewshot    few-shot scoring against the harness's own Hugging Face backend
@@ -24,7 +25,7 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 from cli import UserError, nearest, run
 
 # Each is a file of scripts/benchmarks/.
-COMMANDS = ("train", "memory", "eval", "fewshot", "loader", "prepare")
+COMMANDS = ("train", "options", "memory", "eval", "fewshot", "loader", "prepare")
 
 
 def main() -> None:

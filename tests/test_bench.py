@@ -44,7 +44,10 @@ def test_help_has_a_sentence_for_each_command():
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [([], ["no command", "train, memory"]), (["trian"], ["'trian'", "did you mean 'train'"])],
+    [
+        ([], ["no command", "train, options, memory"]),
+        (["trian"], ["'trian'", "did you mean 'train'"]),
+    ],
 )
 def test_wrong_commands(arguments, words):
     expect_error(command(BENCH, *arguments), *words)
@@ -69,6 +72,19 @@ def test_the_loader_reports_times_and_memory():
     memory = text.split("resident MB after each tenth of the batches: ")[1].split(", ")
     assert len(memory) == 10 and all(float(value) > 0 for value in memory)
     assert float(re.search(r"batch of 32 x 1024: ([\d.]+) ms", text)[1]) > 0
+
+
+def test_the_options_are_compared_with_linupper(sample_data, tmp_path):
+    flags = ("config/tiny_cpu.py", "--data_dir", sample_data, "--block_size=32", "--device=cpu")
+    flags += ("--global_batch_size=8", "--max_steps=12", "--eval_windows=1")
+    reference, scores = tmp_path / "reference", tmp_path / "scores.npz"
+    expect_ok(command("train.py", *flags, "--out_dir", reference))
+    expect_ok(command("eval/score_windows.py", "--run", reference, "--to", scores, "--", *flags))
+    options = ("--run", reference, "--scores", scores, "--rounds=1")
+    text = expect_ok(command(BENCH, "options", *options, *flags))
+    rows = re.findall(r"^\| (.+) \| [\d.]+ \| ([\d.]+) \(", text, re.MULTILINE)
+    assert len(rows) == 9 and rows[0] == ("linupper", "1.000")
+    assert {"uniform", "band", "reference by file", "reference by run", "muon"} <= dict(rows).keys()
 
 
 def test_flops_per_token_by_hand():

@@ -42,7 +42,11 @@ def test_its_steps_are_those_of_torchs_muon_and_adamw():
         x, y, *_ = batch_of(step)
         model.zero_grad()
         model(x, y).mean().backward()
-        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7) > 0.7
+        # Divided as in a step: Muon's bfloat16 products would make much of another rounding.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert norm > 0.7
+        for parameter in model.parameters():
+            parameter.grad /= norm / 0.7
         for optimizer in (muon, adamw):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATES[step]

@@ -24,7 +24,7 @@ from data import Batch, validation_windows
 from model import GPT, SIZES, GPTConfig
 from recipe import TrainConfig, lr_at, r_at
 from reweight import STRATEGIES
-from runtime import checkpoint, telemetry
+from runtime import checkpoint, distributed, telemetry
 from runtime.metrics import for_wandb
 from step import Trainer, make_optimizer
 
@@ -200,6 +200,60 @@ def test_too_many_skipped_steps_stop_the_run_with_the_state_before(
         expect_ok(run(sample_data, out, *flags))
     assert [row["step"] for row in records(stopped, "train")] == list(range(1, 13))
     assert_same_model(stopped, whole, 12)
+
+
+class LateCopy:
+    """Stands in for the event of a GPU's copy: the numbers are there once it is waited for."""
+
+    reads = []  # how many steps were computed at each
+
+    def __init__(self, copies, tensors):
+        self.copies, self.tensors = copies, [tensor.clone() for tensor in tensors]
+
+    def synchronize(self):
+        for copy, tensor in zip(self.copies, self.tensors, strict=True):
+            copy.copy_(tensor)
+        self.reads.append(Trainer.computed)
+
+
+@pytest.fixture
+def late_copies(monkeypatch):
+    def to_host(tensors):
+        copies = [torch.full_like(tensor, math.nan) for tensor in tensors]
+        return copies, LateCopy(copies, tensors)
+
+    take = Trainer.step
+
+    def counted(self, number, batch):
+        Trainer.computed = number + 1
+        return take(self, number, batch)
+
+    monkeypatch.setattr(distributed, "to_host", to_host)
+    monkeypatch.setattr(Trainer, "computed", 0, raising=False)
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(LateCopy, "reads", [])
+
+
+def test_a_gpu_is_read_while_it_computes_the_next_step(
+    late_copies, sample_data, tmp_path, unbroken
+):
+    """Except before a checkpoint. The lines are those of a run without delay."""
+    out = tmp_path / "run"
+    expect_ok(run(sample_data, out, *TWELVE))
+    assert without_times(records(out, "train")) == without_times(records(unbroken, "train"))
+    assert LateCopy.reads == [2, 3, 4, 4, 6, 7, 8, 8, 10, 11, 12, 12]
+
+
+def test_a_step_taken_before_skipped_ones_were_read_lets_the_run_go_on(
+    late_copies, sample_data, tmp_path, monkeypatch
+):
+    """The state is then no longer the one before them, under whose name it would be saved."""
+    monkeypatch.setattr(telemetry, "MAX_SKIPPED", 3)
+    poisoned(monkeypatch, lambda row, call: 5 <= call < 8)
+    out = tmp_path / "run"
+    expect_ok(run(sample_data, out, "--max_steps=10", "--log_interval=1"))
+    assert [row["step"] for row in records(out, "skip")] == [5, 6, 7]
+    assert checkpoint.steps(out)[-1] == 10
 
 
 def test_histograms_and_kinds_are_logged(unbroken):

@@ -325,7 +325,7 @@ class Clock:
             "backward": [(Tensor, "backward")],
             "gather and weights": [(distributed, "gather"), (step, "sample_weights")],
             "optimizer": [
-                (torch.nn.utils, "clip_grad_norm_"),
+                (torch.nn.utils, "get_total_norm"),
                 (trainer.optimizer, "step"),
                 (trainer.optimizer, "zero_grad"),
             ],
