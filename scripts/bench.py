@@ -6,6 +6,7 @@ Commands:
 
     train      how fast a training step is, where its time goes, and what reweighting costs
     options    what each option of reweighting, and the optimizer, costs in a step
+    peers      our step against nanoGPT, the published way and the Hugging Face Trainer
     memory     the peak memory of a step, predicted and measured, and what fits on which card
     eval       what an evaluation costs beyond the model's forward passes
     fewshot    few-shot scoring against the harness's own Hugging Face backend
@@ -25,7 +26,7 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 from cli import UserError, nearest, run
 
 # Each is a file of scripts/benchmarks/.
-COMMANDS = ("train", "options", "memory", "eval", "fewshot", "loader", "prepare")
+COMMANDS = ("train", "options", "peers", "memory", "eval", "fewshot", "loader", "prepare")
 
 
 def main() -> None:

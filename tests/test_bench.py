@@ -45,7 +45,7 @@ def test_help_has_a_sentence_for_each_command():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], ["no command", "train, options, memory"]),
+        ([], ["no command", "train, options, peers"]),
         (["trian"], ["'trian'", "did you mean 'train'"]),
     ],
 )
@@ -85,6 +85,10 @@ def test_the_options_are_compared_with_linupper(sample_data, tmp_path):
     rows = re.findall(r"^\| (.+) \| [\d.]+ \| ([\d.]+) \(", text, re.MULTILINE)
     assert len(rows) == 9 and rows[0] == ("linupper", "1.000")
     assert {"uniform", "band", "reference by file", "reference by run", "muon"} <= dict(rows).keys()
+
+
+def test_a_peer_without_its_file():
+    expect_error(command(BENCH, "peers", "--nanogpt", "nowhere.py"), "nowhere.py", "model.py")
 
 
 def test_flops_per_token_by_hand():
