@@ -20,11 +20,11 @@ from torch import Tensor
 
 
 def band(h: Tensor, delta: float) -> Tensor:
-    """linupper that falls to 0 again over the highest fifth of the losses, which may be noise.
+    """linupper that falls to 0 again over the highest third of the losses, which may be noise.
 
     A relative of the MidRanking of IR-DRO (arXiv 2402.14270), and not from the paper.
     """
-    top = h.sort().values[4 * (len(h) - 1) // 5]
+    top = h.sort().values[2 * (len(h) - 1) // 3]
     beyond = (h - top).clamp(min=0) / (delta - top).clamp(min=1e-6)  # 0 below, 1 at the highest
     return torch.clamp(h + delta, max=delta) * (1 - beyond)
 
@@ -40,7 +40,7 @@ STRATEGIES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "extremes": lambda h, delta: h.abs(),
     # high losses linearly more
     "upper": lambda h, delta: (h + delta) / 2,
-    # high losses, but not the highest fifth
+    # high losses, but not the highest third
     "band": band,
 }
 

@@ -24,7 +24,7 @@ from reweight import (
 STRATEGY_NAMES = list(STRATEGIES)
 # Written again from the paper's table, without the code under test. A new strategy is compared
 # once it is here.
-FORMULAS = {  # top: the h that a fifth of the batch is above
+FORMULAS = {  # top: the h that a third of the batch is above
     "uniform": None,
     "linupper": lambda h, delta, top: min(h + delta, delta),
     "quadratic": lambda h, delta, top: 1 - h**2 / delta**2,
@@ -50,7 +50,7 @@ def reference(
     losses = losses.astype(np.float64)
     low, high = losses.min(), losses.max()
     h = delta * (2 * losses - high - low) / max(high - low, 1e-6)
-    top = np.sort(h)[4 * (len(h) - 1) // 5]
+    top = np.sort(h)[2 * (len(h) - 1) // 3]
     f = [FORMULAS[strategy](value, delta, top) for value in h]
     e = np.exp((np.array(f) - max(f)) / r)
     w, limit = e / e.sum(), cap / len(losses) if cap else 1.0
@@ -131,10 +131,10 @@ def test_weights_are_float32_for_losses_of_any_precision(strategy, dtype):
     torch.testing.assert_close(weights, sample_weights(losses.float(), strategy, 0.4))
 
 
-def test_band_is_linupper_below_the_highest_fifth():
+def test_band_is_linupper_below_the_highest_third():
     losses = torch.linspace(0, 1, 41)
     band, linupper = (sample_weights(losses, name, 0.4) for name in ("band", "linupper"))
-    below = losses <= 0.8
+    below = losses <= 0.65
     ratio = band[below] / linupper[below]
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0].item()))
     assert (band[~below].diff() < 0).all()
