@@ -1,4 +1,4 @@
-"""GPT-2 in plain torch: one class per layer kind, one row per size.
+"""GPT-2 in plain torch: one class per layer kind, one row per size; llama.py shares what it can.
 
 B sequences, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S tokens seen so far.
 Parameter names follow Hugging Face's GPT-2, so that weights move in both directions (hf.py).
@@ -26,6 +26,7 @@ class GPTConfig:
     block_size: int = 1024
     vocab_size: int = 50257
     dropout: float = 0.0
+    family: str = "gpt2"  # of FAMILIES (families.py)
 
 
 SIZES: dict[str, GPTConfig] = {
@@ -84,15 +85,18 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for (B, H, T, D) queries -> (B, H, T, D); without a mask, causal.
 
-    D is padded to a multiple with zeros, which change nothing: fused GPU kernels want multiples of
+    Keys and values may have fewer heads: each one then serves as many query heads in a row. D is
+    padded to a multiple with zeros, which change nothing: fused GPU kernels want multiples of
     8.
     """
     D = q.size(-1)
     if D % multiple:
         padding = (0, -D % multiple)
         q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
-    causal, scale = mask is None, 1 / math.sqrt(D)
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale)
+    causal, grouped = mask is None, q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, causal, scale=1 / math.sqrt(D), enable_gqa=grouped
+    )
     return y[..., :D]
 
 
@@ -141,22 +145,23 @@ class Block(nn.Module):
         recompute: str = "none",
     ) -> Tensor:
         if recompute != "none":
-            return self.checkpointed(x, recompute)
+            has_noise = self.training and self.attn.dropout > 0
+            return recomputed(self, recompute, has_noise, x)
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
-    def checkpointed(self, x: Tensor, recompute: str) -> Tensor:
-        """forward that keeps few activations: backward computes the others again."""
-        has_noise = self.training and self.attn.dropout > 0
-        options = {"use_reentrant": False, "preserve_rng_state": has_noise}
-        if recompute == "selective":
-            kept = MATMULS if has_noise else MATMULS + ATTENTION
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-        return checkpoint(self.forward, x, **options)  # not self(x): FSDP's hooks must run once
+
+def recomputed(block: nn.Module, recompute: str, has_noise: bool, *inputs) -> Tensor:
+    """A block's forward that keeps few activations: backward computes the others again."""
+    options = {"use_reentrant": False, "preserve_rng_state": has_noise}
+    if recompute == "selective":
+        kept = MATMULS if has_noise else MATMULS + ATTENTION
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    return checkpoint(block.forward, *inputs, **options)  # not block(): FSDP's hooks must run once
 
 
-class GPT(nn.Module):
-    """GPT-2 with learned positions, pre-LayerNorm and a head tied to the token embedding.
+class LanguageModel(nn.Module):
+    """What GPT and Llama (llama.py) share: a token embedding wte, blocks h, the norm ln_f, a head.
 
     Two attributes trade time for memory and leave the result unchanged. loss_chunk: rows of the (B
     * T, V) logits computed at once for losses; 0: all. recompute: activations of a block that
@@ -164,14 +169,15 @@ class GPT(nn.Module):
     (all).
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config):
         super().__init__()
         self.config, self.loss_chunk, self.recompute = config, 0, "none"
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd)
-        self.init_weights()
+        self.token_losses = token_losses  # which step.py may compile
+
+    @property
+    def head(self) -> Tensor:
+        """(V, C): logits are its products with the last hidden state."""
+        return self.wte.weight
 
     def init_weights(self) -> None:
         """GPT-2's: normal(0, 0.02), smaller for matrices that end on the residual stream."""
@@ -186,6 +192,45 @@ class GPT(nn.Module):
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def through_blocks(
+        self, x: Tensor, caches: list[Cache] | None, mask: Tensor | None, *inputs
+    ) -> Tensor:
+        """(B, T, C) embedded tokens -> (B, T, C) after all blocks.
+
+        inputs: what each block takes beside x.
+        """
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        for i, block in enumerate(self.h):
+            if caches is None:
+                x = block(x, *inputs, recompute=recompute)
+            else:
+                x = block(x, *inputs, caches[i], mask)
+        return x
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; with targets -> (B, T) float32 token losses in nats."""
+        x = self.hidden(idx)  # (B, T, C)
+        if targets is None:
+            return F.linear(x, self.head)
+        losses = self.token_losses(x.flatten(0, 1), self.head, targets.flatten(), self.loss_chunk)
+        return losses.view_as(targets).clone()  # FSDP's hooks need an output that is not a view
+
+    def to_pretrained(self, n_vocab: int, eot_token: int) -> nn.Module:
+        """transformers' model with these weights and the first n_vocab token rows."""
+        return hf.to_pretrained(self.config, self.state_dict(), n_vocab, eot_token)
+
+
+class GPT(LanguageModel):
+    """GPT-2 with learned positions, pre-LayerNorm and a head tied to the token embedding."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd)
+        self.init_weights()
 
     def hidden(
         self,
@@ -206,32 +251,14 @@ class GPT(nn.Module):
         positions = self.wpe.weight[:T] if position is None else self.wpe(position)
         x = self.wte(idx) + positions  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
-        for i, block in enumerate(self.h):
-            if caches is None:
-                x = block(x, recompute=recompute)
-            else:
-                x = block(x, caches[i], mask)
-        return self.ln_f(x)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; with targets -> (B, T) float32 token losses in nats."""
-        x = self.hidden(idx)  # (B, T, C)
-        if targets is None:
-            return F.linear(x, self.wte.weight)
-        losses = token_losses(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.loss_chunk)
-        return losses.view_as(targets).clone()  # FSDP's hooks need an output that is not a view
+        return self.ln_f(self.through_blocks(x, caches, mask))
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
         """A Hugging Face GPT-2 (hub name or folder); UserError if it cannot be opened."""
-        model = cls(GPTConfig(**hf.read_shape(name_or_folder)))
-        model.load_state_dict(hf.read_weights(name_or_folder))
+        model = cls(GPTConfig(**hf.read_shape(name_or_folder, "gpt2")))
+        model.load_state_dict(hf.read_weights(name_or_folder, model.config))
         return model
-
-    def to_pretrained(self, n_vocab: int, eot_token: int) -> nn.Module:
-        """transformers' GPT2LMHeadModel with these weights and the first n_vocab token rows."""
-        return hf.to_gpt2(self.config, self.state_dict(), n_vocab, eot_token)
 
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

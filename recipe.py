@@ -11,7 +11,7 @@ import torch
 from cli import UserError
 from corpus.manifest import data_hash
 from data import MIXTURES, probabilities
-from model import SIZES, GPTConfig
+from families import SIZES, Shape, resized
 from reweight import NORMS, STRATEGIES
 
 # Of matrix products. tf32: float32 numbers, multiplied with 10 bits of precision on tensor cores.
@@ -31,7 +31,7 @@ class TrainConfig:
     n_embd: int = 0  # width, a multiple of the heads; 0: that of --model
     init_from: str = ""  # start from gpt2, gpt2-medium, a Hugging Face folder or a run; "": random
     block_size: int = 512  # tokens per sequence
-    dropout: float = 0.1  # probability; the paper uses 0.1
+    dropout: float = 0.1  # probability; the paper uses 0.1; a Llama has none
     data_dir: str = "data/slimpajama"  # folder made by prepare_slimpajama.py
     out_dir: str = ""  # run folder; "": runs/MODEL_MIXTURE_REWEIGHT_seedSEED
     mixture: str = "uniform"  # of domains: uniform, natural, doge, doremi, c4cc or cc=0.5,c4=0.5
@@ -60,7 +60,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, at AdamW's rate
     learning_rate: float = 5e-4  # highest learning rate
     min_lr: float = 1e-4  # learning rate at the last step
-    warmup_steps: int = 500  # steps of linear warm-up, from 1e-7
+    warmup_steps: int = 500  # steps of warm-up, from 1e-7
+    warmup_shape: Literal["linear", "quadratic"] = "linear"  # quadratic: steep, then flat
     weight_decay: float = 0.01  # on matrices only
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
@@ -220,6 +221,9 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.model == "auto":
         source = Path(config.init_from).name
         settled["model"] = f"from_{source}" if config.init_from else "124m"
+    if config.model in SIZES and SIZES[config.model].family == "llama":
+        if config.dropout == TrainConfig.dropout:  # the default; LlamaConfig refuses any other
+            settled["dropout"] = 0.0
     if config.dtype == "auto":
         has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         settled["dtype"] = "bfloat16" if has_bf16 else "float32"
@@ -310,6 +314,7 @@ def with_added_keys(saved: dict) -> dict:
         "reweight_unit": "token",
         "reweight_control": "none",
         "optimizer": "adamw",
+        "warmup_shape": "linear",
         "reference": None,
         "mixture probabilities": None,
     }
@@ -319,25 +324,15 @@ def with_added_keys(saved: dict) -> dict:
     return added | saved
 
 
-def model_shape(config: TrainConfig, manifest: dict) -> GPTConfig:
+def model_shape(config: TrainConfig, manifest: dict) -> Shape:
     """The shape of a model that is trained from scratch.
 
     The vocabulary is padded to a multiple of 64, which makes the head's matrix product fast; the
     rows that fill it up are never a target.
     """
     shape = SIZES.get(config.model, SIZES["124m"])
-    n_layer, n_head, n_embd = own_shape(config)
-    n_head, n_embd = n_head or shape.n_head, n_embd or shape.n_embd
-    if n_embd % n_head:
-        raise UserError(
-            f"--n_embd {n_embd}: is not a multiple of --n_head {n_head}; "
-            f"use {n_head * max(1, round(n_embd / n_head))}"
-        )
     return replace(
-        shape,
-        n_layer=n_layer or shape.n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
+        resized(shape, *own_shape(config)),
         block_size=config.block_size,
         dropout=config.dropout,
         vocab_size=64 * math.ceil(manifest["tokenizer"]["n_vocab"] / 64),
@@ -350,9 +345,12 @@ def own_shape(config: TrainConfig) -> tuple[int, int, int]:
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate: linear from 1e-7 over warmup_steps, then a cosine to min_lr at max_steps."""
+    """Learning rate: from 1e-7 up over warmup_steps, then a cosine to min_lr at max_steps."""
     if step < config.warmup_steps:
-        return 1e-7 + (config.learning_rate - 1e-7) * step / config.warmup_steps
+        risen = step / config.warmup_steps
+        if config.warmup_shape == "quadratic":
+            risen = 1 - (1 - risen) ** 2
+        return 1e-7 + (config.learning_rate - 1e-7) * risen
     decay_steps = max(1, config.max_steps - config.warmup_steps)
     progress = (step - config.warmup_steps) / decay_steps
     height = 0.5 * (1 + math.cos(math.pi * progress))

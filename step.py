@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from model import GPT
+from model import LanguageModel
 from recipe import TrainConfig, lr_at, r_at
 from reweight import (
     domain_means,
@@ -27,6 +27,10 @@ from runtime.telemetry import StepResult
 
 WINDOW = 100  # the median gradient norm is taken over this many newest steps
 SPIKE = 10.0  # report gradient norms above this multiple of the median
+DEEP = 24  # layers; a deeper model is compiled block by block
+# On a GPU, kernels that do not depend on each other, such as the casts of the weights to bfloat16,
+# are launched as one.
+GPU_COMPILER = {"combo_kernels": True}
 UNFILLED = torch.finfo(torch.float32).max  # a slot of Guard.norms that is not used yet
 
 
@@ -63,7 +67,7 @@ class Trainer:
 
     def __init__(
         self,
-        raw: GPT,
+        raw: LanguageModel,
         config: TrainConfig,
         n_domains: int,
         device: torch.device,
@@ -77,7 +81,7 @@ class Trainer:
         if config.compile != "off":
             if config.compile == "on" and config.recompute != "none" and config.dropout:
                 let_recomputed_noise_repeat()
-            self.raw.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
+            compile_model(self.raw, config.compile)
         if config.compile == "graphs":
             # Gradients keep memory of their own: the graph would write the next micro-step's over
             # them.
@@ -243,6 +247,23 @@ def seed_noise(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def compile_model(model: LanguageModel, how: str) -> None:
+    """how: "on", or "graphs" for CUDA graphs as well.
+
+    A deep model is compiled block by block: the blocks share one graph, where the whole would be
+    compiled with each of them written out. CUDA graphs are of the whole model.
+    """
+    options = {"triton.cudagraphs": how == "graphs"}
+    if next(model.parameters()).is_cuda:
+        options |= GPU_COMPILER
+    if len(model.h) <= DEEP or how == "graphs":
+        model.compile(dynamic=False, options=options)
+        return
+    for block in model.h:
+        block.compile(dynamic=False, options=options)
+    model.token_losses = torch.compile(model.token_losses, dynamic=False, options=options)
+
+
 def let_recomputed_noise_repeat() -> None:
     """Let compiled attention that is recomputed on cuda draw its dropout from the seeded generator.
 
@@ -325,7 +346,7 @@ class MuonAndAdamW:
             optimizer.zero_grad(set_to_none)
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
+def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
     """The config's optimizer, with weight decay on matrices, none on biases and LayerNorm.
 
     Muon's step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so that one learning

@@ -1,4 +1,4 @@
-"""Pretrain GPT-2 with loss-based sample reweighting (Sow et al., ICLR 2025).
+"""Pretrain GPT-2 or Llama with loss-based sample reweighting (Sow et al., ICLR 2025).
 
     python train.py config/tiny_cpu.py --reweight linupper                   # on a laptop
     torchrun --nproc_per_node 8 -- train.py config/gpt2_124m_linupper.py     # on a node with 8 GPUs

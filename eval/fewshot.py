@@ -2,6 +2,7 @@
 
     python eval/fewshot.py --run runs/124m_uniform_linupper_seed42    # default tasks, 5 examples
     torchrun --nproc_per_node 8 -- eval/fewshot.py --run RUN --tasks sciq,piqa --num_fewshot 0
+    python eval/fewshot.py --run RUN --tasks paper,wide    # sets of tasks (SETS)
     python eval/fewshot.py --run RUN --tasks mine --include_path folder_with_yaml  # local tasks
     HF_HUB_OFFLINE=1 python eval/fewshot.py --run RUN    # after scripts/fetch_tasks.py elsewhere
 
@@ -63,6 +64,24 @@ TASKS = (
     "lambada",
     "squadv2",
 )
+# Names of several tasks, for --tasks.
+SETS = {
+    "paper": (  # of the paper's Llamas
+        "logiqa",
+        "logiqa2",
+        "sciq",
+        "piqa",
+    ),
+    "wide": (
+        "mmlu",
+        "arc_easy",
+        "arc_challenge",
+        "hellaswag",
+        "boolq",
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+    ),
+}
 RESULT = "fewshot.json"
 
 
@@ -223,8 +242,8 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "--tasks",
         default=",".join(TASKS),
-        help="names of tasks, groups or tags of the harness, with "
-        f"commas between them (default: {', '.join(TASKS)})",
+        help="names of tasks, groups or tags of the harness, or of our sets "
+        f"({', '.join(SETS)}), with commas between them (default: {', '.join(TASKS)})",
     )
     parser.add_argument(
         "--num_fewshot",
@@ -272,8 +291,10 @@ def check_args(args: Namespace) -> None:
 
 
 def names_of(tasks: str) -> list[str]:
-    """The names in --tasks, each once."""
-    names = [name.strip() for name in tasks.split(",")]
+    """The names in --tasks, each once; those of a set in its place."""
+    names = []
+    for name in tasks.split(","):
+        names += SETS.get(name.strip(), [name.strip()])
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
         raise UserError("--tasks: no name given; such as --tasks sciq,piqa")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import UserError
-from model import GPT, Cache
+from model import Cache, LanguageModel
 
 NOT_FINITE = "the model's output is not finite: its run has diverged"
 
@@ -29,7 +29,7 @@ def never(new: list[int]) -> bool:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: LanguageModel,
     prompts: list[list[int]],
     max_tokens: int,
     n_vocab: int,
@@ -67,7 +67,7 @@ def generate(
 
 
 def next_tokens(
-    model: GPT,
+    model: LanguageModel,
     rows: list[list[int]],
     n_steps: int,
     n_vocab: int,
@@ -89,7 +89,7 @@ def next_tokens(
     for t in range(1, n_steps + 1):
         if not last.isfinite().all():
             raise UserError(NOT_FINITE)
-        logits = F.linear(last, model.wte.weight[:n_vocab]).float()  # (B, V)
+        logits = F.linear(last, model.head[:n_vocab]).float()  # (B, V)
         ids = pick(logits)  # (B,)
         yield ids
         if t < n_steps:

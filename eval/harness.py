@@ -1,4 +1,4 @@
-"""Our GPT as a model of EleutherAI's lm-evaluation-harness, and the harness's tasks and results.
+"""Our models as one of EleutherAI's lm-evaluation-harness, and the harness's tasks and results.
 
 The harness makes the prompts and counts the points; `Harness` gives it log-likelihoods and
 continuations. Importing this file takes seconds and needs requirements-eval.txt.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from cli import UserError, nearest
 from corpus.tokenizer import Tokenizer
 from eval.generate import NOT_FINITE, generate
-from model import GPT
+from model import LanguageModel
 from runtime import distributed
 
 VERSION = lm_eval.__version__
@@ -49,7 +49,7 @@ FILL_CACHE = "python scripts/fetch_tasks.py where there is internet"
 
 
 class Harness(TemplateLM):
-    """Our GPT as a model of the harness, without the padding of its vocabulary.
+    """Our model as one of the harness, without the padding of its vocabulary.
 
     The harness runs on every rank as if it were alone: each rank gets all requests, computes every
     W-th batch and receives all answers. The batches, and so the numbers, are the same for any W.
@@ -58,7 +58,9 @@ class Harness(TemplateLM):
     title: of the progress bars.
     """
 
-    def __init__(self, model: GPT, tokens: Tokenizer, batch_size: int, dtype: str = "float32"):
+    def __init__(
+        self, model: LanguageModel, tokens: Tokenizer, batch_size: int, dtype: str = "float32"
+    ):
         super().__init__()
         self.model = model.eval()
         self.tokens = tokens
@@ -172,7 +174,7 @@ class Harness(TemplateLM):
             targets += continuation
         positions = torch.tensor(positions, device=device)  # (M,)
         targets = torch.tensor(targets, device=device)  # (M,)
-        head = self.model.wte.weight[: self.tokens.n_vocab]  # (V, C)
+        head = self.model.head[: self.tokens.n_vocab]  # (V, C)
         parts = []
         with self.autocast():
             hidden = self.model.hidden(idx)  # (B, T, C)

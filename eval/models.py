@@ -1,4 +1,4 @@
-"""Opening the model that is evaluated: a checkpoint of a run, or a Hugging Face GPT-2."""
+"""Opening the model that is evaluated: a checkpoint of a run, or a Hugging Face GPT-2 or Llama."""
 
 import hashlib
 import os
@@ -10,7 +10,8 @@ import torch
 
 from cli import UserError
 from corpus import tokenizer
-from model import GPT
+from families import from_pretrained
+from model import LanguageModel
 from recipe import DTYPES
 from runtime import checkpoint
 
@@ -18,7 +19,7 @@ from runtime import checkpoint
 class Evaluated(NamedTuple):
     """A model to evaluate."""
 
-    model: GPT  # on the CPU
+    model: LanguageModel  # on the CPU
     tokens: tokenizer.Tokenizer
     about: dict  # what a record says of it: step or hf, and dtype, that of the matrix products
     data_dir: str | None  # the data that the run was trained on
@@ -45,7 +46,7 @@ def add_flags(parser: ArgumentParser, result: str) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder, or one of its checkpoints")
     source.add_argument(
-        "--hf", metavar="NAME_OR_FOLDER", help="a Hugging Face GPT-2 instead, such as gpt2"
+        "--hf", metavar="NAME_OR_FOLDER", help="a Hugging Face GPT-2 or Llama instead, such as gpt2"
     )
     parser.add_argument(
         "--dtype",
@@ -94,8 +95,8 @@ def open_run(run: str, dtype: str | None) -> Evaluated:
 
 
 def open_hf(name: str, dtype: str | None) -> Evaluated:
-    """A Hugging Face GPT-2 whose tokenizer is one of ours."""
-    model = GPT.from_pretrained(name)
+    """A Hugging Face model whose tokenizer is one of ours."""
+    model = from_pretrained(name)
     n_rows = model.config.vocab_size
     for tokens in map(tokenizer.load, tokenizer.NAMES):
         fits = tokenizer.has_rows_for(tokens.n_vocab, n_rows)
@@ -112,7 +113,7 @@ def open_hf(name: str, dtype: str | None) -> Evaluated:
     )
 
 
-def hash_of_parameters(model: GPT) -> str:
+def hash_of_parameters(model: LanguageModel) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().contiguous().numpy())

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError
-from model import SIZES
+from families import SIZES
 from recipe import EXECUTION_KEYS, with_added_keys
 from runtime.checkpoint import checkpoint_folder, read_json
 from runtime.metrics import read_lines

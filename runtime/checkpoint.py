@@ -21,8 +21,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from cli import UserError, print_error
+from families import Shape, build, shape_from
 from files import sync, write_text
-from model import GPT, GPTConfig
+from model import LanguageModel
 from recipe import TrainConfig, with_added_keys
 from runtime import distributed
 from runtime.distributed import print0
@@ -373,32 +374,32 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_tensors(folder: Path, config: GPTConfig) -> tuple[dict, dict]:
+def read_tensors(folder: Path, config: Shape) -> tuple[dict, dict]:
     """Model and optimizer state on the CPU; UserError if they are of another model."""
     saved = asdict(replace(read_shape(folder), dropout=config.dropout))  # dropout may differ
     expected = asdict(config)
     differences = [
-        f"{key} {saved[key]} there, {expected[key]} here"
+        f"{key} {saved[key]} there, {expected.get(key)} here"
         for key in saved
-        if saved[key] != expected[key]
+        if saved[key] != expected.get(key)
     ]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {', '.join(differences)}")
     return tuple(load_tensors(folder, name) for name in FILES)
 
 
-def read_shape(folder: Path) -> GPTConfig:
+def read_shape(folder: Path) -> Shape:
     """The shape of the checkpoint's model."""
     path = Path(folder) / "state.json"
     try:
-        return GPTConfig(**read_json(path)["gpt"])
+        return shape_from(read_json(path)["gpt"])
     except (KeyError, TypeError):
         raise UserError(
             f"{path} does not say the model's shape; restore it, or use the train.py that wrote it"
         ) from None
 
 
-def load_model(folder: Path) -> GPT:
+def load_model(folder: Path) -> LanguageModel:
     """The checkpoint's model, on the CPU. If there are several ranks, all of them call it."""
     distributed.do_for_others(lambda: verify(folder, "model.pt"), distributed.does_for_node())
     shape, weights = read_shape(folder), load_tensors(folder, "model.pt")
@@ -407,16 +408,16 @@ def load_model(folder: Path) -> GPT:
             f"{folder}: model.pt does not match the shape in state.json; restore them, or remove "
             f"{folder} to go on from an earlier checkpoint"
         )
-    model = GPT(shape)
+    model = build(shape)
     model.load_state_dict(weights)
     return model
 
 
-def matches(shape: GPTConfig, weights: dict) -> bool:
+def matches(shape: Shape, weights: dict) -> bool:
     """Whether the weights are those of a model of this shape, which may be nonsense."""
     try:
         with torch.device("meta"):  # takes no memory, whatever the shape
-            expected = GPT(shape).state_dict()
+            expected = build(shape).state_dict()
         sizes = {name: weight.shape for name, weight in weights.items()}
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError):
         return False

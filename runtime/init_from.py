@@ -1,8 +1,8 @@
 """The model that a run starts with: random weights, or those of --init_from.
 
---init_from is a Hugging Face GPT-2 (hub name or folder) or another run of train.py. Only the
-weights are taken: the optimizer, the data order and the step start anew. Layers, heads, width and
-vocabulary are the source's. So the released GPT-2 stays at 50257 rows: zero rows that pad it to
+--init_from is a Hugging Face GPT-2 or Llama (hub name or folder) or another run of train.py. Only
+the weights are taken: the optimizer, the data order and the step start anew. Layers, heads, width
+and vocabulary are the source's. So the released GPT-2 stays at 50257 rows: zero rows that pad it to
 50304 would enter the softmax. A source that is padded keeps the rows that it was trained with.
 """
 
@@ -12,12 +12,13 @@ from pathlib import Path
 import hf
 from cli import UserError
 from corpus import tokenizer
-from model import GPT, SIZES, GPTConfig
+from families import FAMILIES, SIZES, Shape, build, describe, from_pretrained, shape_from
+from model import LanguageModel
 from recipe import TrainConfig, model_shape
 from runtime import checkpoint
 
 
-def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) -> GPTConfig:
+def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) -> Shape:
     """The shape of a run's model; UserError if --init_from does not fit the settings or data.
 
     resumed: the checkpoint that the run continues from. No weights are read.
@@ -41,7 +42,7 @@ def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) ->
     return replace(source_shape, block_size=shape.block_size, dropout=shape.dropout)
 
 
-def read_shape(source: str, data_tokenizer: dict) -> GPTConfig:
+def read_shape(source: str, data_tokenizer: dict) -> Shape:
     """The shape of the model at `source`; UserError if its tokenizer is not the data's.
 
     data_tokenizer: the manifest's entry.
@@ -52,7 +53,7 @@ def read_shape(source: str, data_tokenizer: dict) -> GPTConfig:
         state = checkpoint.read_json(folder / "state.json")
         fits = state.get("tokenizer_sha256") == data_tokenizer["sha256"]
     else:
-        shape = GPTConfig(**hf.read_shape(source))
+        shape = shape_from(hf.read_shape(source, *FAMILIES))
         fits = tokenizer.has_rows_for(data_tokenizer["n_vocab"], shape.vocab_size)
         fits = fits and tokenizer.matches_hf_tokenizer(name, source)
     if not fits:
@@ -64,20 +65,21 @@ def read_shape(source: str, data_tokenizer: dict) -> GPTConfig:
     return shape
 
 
-def initial_model(config: TrainConfig, shape: GPTConfig, resumed: Path | None) -> GPT:
+def initial_model(config: TrainConfig, shape: Shape, resumed: Path | None) -> LanguageModel:
     """A model of this shape on the CPU, with the weights that a new run starts with.
 
     A resumed run overwrites them with its checkpoint's.
     """
-    model = GPT(shape)
+    model = build(shape)
     if config.init_from and not resumed:
         folder = checkpoint_at(config.init_from)
         if folder:
             source = checkpoint.load_model(folder)
         else:
-            source = GPT.from_pretrained(config.init_from)
+            source = from_pretrained(config.init_from)
         weights = source.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: shape.block_size]
+        if "wpe.weight" in weights:  # GPT-2's positions
+            weights["wpe.weight"] = weights["wpe.weight"][: shape.block_size]
         model.load_state_dict(weights)
     return model
 
@@ -87,7 +89,3 @@ def checkpoint_at(source: str) -> Path | None:
     if (Path(source) / "state.json").is_file():
         return Path(source)
     return checkpoint.find_latest(Path(source))
-
-
-def describe(shape: GPTConfig) -> str:
-    return f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}"

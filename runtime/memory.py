@@ -3,26 +3,31 @@
 The prediction is per rank and in bytes, from the shapes alone; docs/memory.md derives it. It is for
 plain PyTorch without torch.compile, which needs less.
 
-n = B * T tokens of a micro-batch, C channels, H heads, V vocabulary, L layers, A micro-steps, W
-ranks, e bytes of an element in matrix products (2 or 4).
+n = B * T tokens of a micro-batch, C channels, H heads, F width of the MLP (GPT-2: 4 C), K width of
+the keys (GPT-2: C), V vocabulary, L layers, A micro-steps, W ranks, e bytes of an element in matrix
+products (2 or 4).
 """
 
 import os
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from data import RunData
-from model import GPT, GPTConfig
+from families import Shape, build
 from recipe import TrainConfig
 from runtime import distributed
 
 CHUNK = 2_048  # rows of logits computed at once where loss_chunk is chosen here
 USABLE = 0.9  # of a device's memory; the rest is for CUDA's context, workspaces and fragmentation
 
+H100_FLOPS = 989e12  # FLOP/s of dense matrix products in bfloat16
+SHARE_OF_PEAK = 0.4  # assumed where a plan gives hours
+
 
 def predict(
-    gpt: GPTConfig,
+    gpt: Shape,
     B: int,
     A: int = 1,
     W: int = 1,
@@ -39,10 +44,9 @@ def predict(
     fsdp, bf16 = parallel == "fsdp" and W > 1, dtype == "bfloat16"
     e = 2 if bf16 else 4
     shards = W if fsdp else 1
-    block_matrices = 12 * C * C  # parameters of a block's matrices
+    block_matrices, block_vectors, mlp_in, mlp_out, root = parameters(gpt)
     table = gpt.vocab_size * C  # of the token embedding
-    root = table + (T + 2) * C  # of everything outside the blocks
-    N = L * (block_matrices + 13 * C) + root
+    N = L * (block_matrices + block_vectors) + root
     kept, saved, work = block_activations(gpt, device, bf16, recompute)
 
     # Gradients before backward (of an earlier micro-step, or DDP's buckets), and at its end.
@@ -64,9 +68,11 @@ def predict(
     in_the_last_block = {  # the first one in backward
         "activations": n * ((L - 1) * kept + saved + work),
         "bfloat16 weights": bf16_copies,
-        "gradients": gradients_before + 4 * table + (0 if fsdp else 16 * C * C),
+        "gradients": gradients_before + 4 * table + (0 if fsdp else 4 * mlp_out),
     }
-    missing = 0 if gradients_before or fsdp else 32 * C * C  # its MLP's second matrix comes first
+    missing = 4 * (block_matrices - mlp_out)  # its MLP's second matrix comes first
+    if gradients_before or fsdp:
+        missing = 0
     in_the_first_block = {
         "activations": n * (saved + work),
         "bfloat16 weights": 2 * block_matrices if bf16_copies else 0,
@@ -77,23 +83,35 @@ def predict(
     always = {"weights and moments": 12 * N / shards}
     if optimizer == "muon":
         always["weights and moments"] -= 4 * L * block_matrices  # it keeps one moment, not two
-        moments.append(update_by_muon(L * block_matrices, C, N))
+        moments.append(update_by_muon(L * block_matrices, mlp_in, C, N))
     if fsdp:  # embeddings and ln_f; this block and the next one, two blocks' gradients
         always["fetched"] = 4 * root + 4 * e * block_matrices
     return always | max(moments, key=lambda parts: sum(parts.values()))
 
 
-def update_by_muon(n_matrices: int, C: int, N: int) -> dict[str, float]:
-    """Bytes in the update: n_matrices and N are parameters, of the blocks' matrices and of all."""
+@cache
+def parameters(gpt: Shape) -> tuple[int, int, int, int, int]:
+    """Of a block's matrices, of its vectors, of its MLP's first and second matrix, and outside."""
+    with torch.device("meta"):
+        model = build(replace(gpt, n_layer=1))
+    block = model.h[0]
+    n_block = sum(p.numel() for p in block.parameters())
+    matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+    mlp_in, mlp_out = block.mlp.c_fc.weight.numel(), block.mlp.c_proj.weight.numel()
+    return matrices, n_block - matrices, mlp_in, mlp_out, model.n_parameters() - n_block
+
+
+def update_by_muon(n_matrices: int, n_largest: int, C: int, N: int) -> dict[str, float]:
+    """Bytes in the update: parameters of the blocks' matrices, of the largest one and of all."""
     copies = 8 * n_matrices  # of the matrices and their momentum, for a step that is skipped
-    newton_schulz = 36 * C * C  # of the largest matrix
+    newton_schulz = 8 * n_largest + 4 * C * C  # of the largest matrix
     return {"gradients": 4 * N, "Muon": copies + newton_schulz}
 
 
-def block_activations(
-    gpt: GPTConfig, device: str, bf16: bool, recompute: str
-) -> tuple[int, int, int]:
+def block_activations(gpt: Shape, device: str, bf16: bool, recompute: str) -> tuple[int, int, int]:
     """Bytes per token of a block: kept until its backward, present in it, temporary in it."""
+    if gpt.family == "llama":
+        return llama_activations(gpt, device, bf16, recompute)
     C, H, T = gpt.n_embd, gpt.n_head, gpt.block_size
     e = 2 if bf16 else 4
     has_noise = gpt.dropout > 0
@@ -120,7 +138,29 @@ def block_activations(
     return kept, saved, work
 
 
-def head(gpt: GPTConfig, n: int, bf16: bool, chunk: int) -> int:
+def llama_activations(gpt: Shape, device: str, bf16: bool, recompute: str) -> tuple[int, int, int]:
+    """block_activations of a Llama."""
+    C, H, F = gpt.n_embd, gpt.n_head, gpt.n_ffn
+    K = C // H * gpt.n_kv_head
+    e = 2 if bf16 else 4
+    # In float32: the inputs of both RMSNorms and their statistics, and a number per attention
+    # head. In e: the inputs of c_attn, c_proj and c_fc (3 C), q, k, v before and after they are
+    # turned (2 C + 3 K), c_fc's output (2 F), silu's (F) and its product, the input of c_proj (F).
+    saved = (8 + 5 * e) * C + 3 * e * K + 4 * e * F + 8 + 4 * H
+    if device != "cuda":  # not fused there: RMSNorm also keeps its result before the gain
+        saved += 8 * C
+    kept = saved
+    if recompute == "full":
+        kept = 4 * C
+    elif recompute == "selective":
+        kept = (4 + 4 * e) * C + 2 * e * (K + F) + 4 * H
+    work = 4 * C + 3 * e * F  # gradients of the block's output, of up, and of silu and its input
+    if bf16:
+        work += 2 * C if recompute == "none" else 4 * C
+    return kept, saved, work
+
+
+def head(gpt: Shape, n: int, bf16: bool, chunk: int) -> int:
     """Bytes for the losses of n tokens: three float32 per logit, or the gradient of the weight."""
     V = gpt.vocab_size
     table = V * gpt.n_embd
@@ -133,7 +173,7 @@ def head(gpt: GPTConfig, n: int, bf16: bool, chunk: int) -> int:
     return max(12 * V * n, 4 * V * n + 4 * table) + bf16_copy
 
 
-def predict_for_config(config: TrainConfig, gpt: GPTConfig, W: int) -> dict[str, float]:
+def predict_for_config(config: TrainConfig, gpt: Shape, W: int) -> dict[str, float]:
     """`predict` for a settled config."""
     B = config.micro_batch_size
     A = config.global_batch_size // (W * B)
@@ -151,7 +191,7 @@ def predict_for_config(config: TrainConfig, gpt: GPTConfig, W: int) -> dict[str,
     )
 
 
-def settle_loss_chunk(config: TrainConfig, gpt: GPTConfig, W: int) -> TrainConfig:
+def settle_loss_chunk(config: TrainConfig, gpt: Shape, W: int) -> TrainConfig:
     """Replace loss_chunk = -1 by 0, or by CHUNK where all logits would not fit."""
     if config.loss_chunk != -1:
         return config
@@ -173,10 +213,10 @@ def device_bytes(device: str) -> float:
 # The plan
 
 
-def describe(config: TrainConfig, gpt: GPTConfig, data: RunData, W: int) -> str:
+def describe(config: TrainConfig, gpt: Shape, data: RunData, W: int) -> str:
     """What a settled config is going to do on W ranks, in a few lines."""
     with torch.device("meta"):
-        n_parameters = GPT(gpt).n_parameters()
+        n_parameters = build(gpt).n_parameters()
     A = config.global_batch_size // (W * config.micro_batch_size)
     tokens = config.global_batch_size * config.block_size
     return "\n".join(
@@ -189,6 +229,7 @@ def describe(config: TrainConfig, gpt: GPTConfig, data: RunData, W: int) -> str:
             f"run        {config.max_steps:,} steps, {tokens * config.max_steps:,} tokens, "
             f"{config.device}, {config.dtype}, compile {config.compile}, seed {config.seed}, "
             f"in {config.out_dir}",
+            f"compute    {describe_compute(gpt, tokens * config.max_steps)}",
             f"optimizer  {describe_optimizer(config)}",
             f"reweight   {describe_weights(config, A)}",
             f"mixture    {describe_mixture(config, data)}",
@@ -196,7 +237,31 @@ def describe(config: TrainConfig, gpt: GPTConfig, data: RunData, W: int) -> str:
     )
 
 
-def describe_memory(config: TrainConfig, gpt: GPTConfig, W: int) -> str:
+def flops_per_token(gpt: Shape) -> int:
+    """6 N + 12 L C T, forward and backward; N without what is only looked up.
+
+    That is GPT-2's positions, and a Llama's embedding where the head is another matrix.
+    """
+    with torch.device("meta"):
+        model = build(gpt)
+    N = model.n_parameters()
+    if gpt.family == "gpt2":
+        N -= model.wpe.weight.numel()
+    elif not gpt.tied:
+        N -= model.wte.weight.numel()
+    return 6 * N + 12 * gpt.n_layer * gpt.n_embd * gpt.block_size
+
+
+def describe_compute(gpt: Shape, tokens: int) -> str:
+    flops = flops_per_token(gpt) * tokens
+    hours = flops / (SHARE_OF_PEAK * H100_FLOPS) / 3600
+    return (
+        f"{flops:.2e} FLOP without a first pass or recomputation, {hours:,.1f} H100 hours at "
+        f"{SHARE_OF_PEAK:.0%} of the bfloat16 peak"
+    )
+
+
+def describe_memory(config: TrainConfig, gpt: Shape, W: int) -> str:
     parts = predict_for_config(config, gpt, W)
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
     return (
@@ -207,9 +272,11 @@ def describe_memory(config: TrainConfig, gpt: GPTConfig, W: int) -> str:
 
 def describe_optimizer(config: TrainConfig) -> str:
     names = {"adamw": "AdamW", "muon": "Muon for the blocks' matrices and AdamW for the rest"}
+    is_linear = config.warmup_shape == "linear"
+    warmup = "warm-up" if is_linear else f"{config.warmup_shape} warm-up"
     parts = [
         f"{names[config.optimizer]}, learning rate {config.learning_rate} to {config.min_lr} after "
-        f"{config.warmup_steps:,} steps of warm-up",
+        f"{config.warmup_steps:,} steps of {warmup}",
         f"weight decay {config.weight_decay}",
         f"betas {config.beta1} and {config.beta2}",
         f"clip {config.grad_clip}" if config.grad_clip else "no clipping",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import data
 from corpus.manifest import data_hash
 from data import RunData
-from model import GPTConfig
+from families import Shape
 from recipe import TrainConfig, identity
 from runtime import checkpoint, distributed, init_from, reference
 from runtime.distributed import print0
@@ -15,7 +15,7 @@ from runtime.memory import describe, settle_loss_chunk
 class Plan(NamedTuple):
     config: TrainConfig
     data: RunData
-    shape: GPTConfig
+    shape: Shape
     identity: dict  # what must stay the same for the run to be resumed (recipe.identity)
     found: checkpoint.Found  # where it continues
 

@@ -2,9 +2,9 @@
 
     python scripts/export_hf.py --run runs/124m_uniform_linupper_seed42 [--to DIR]
 
-Writes model.safetensors, config.json, generation_config.json, the tokenizer's files and a model
-card, README.md, to RUN/hf or DIR; all of it or nothing. --run may also be one of the run's
-checkpoints.
+Writes model.safetensors (above 10 GB in parts, with an index), config.json, generation_config.json,
+the tokenizer's files and a model card, README.md, to RUN/hf or DIR; all of it or nothing. --run may
+also be one of the run's checkpoints.
 
 The rows that pad the vocabulary to a multiple of 64 are left out. The logits of all tokens stay
 what they were, but the padding's part of the softmax goes to them, so each token's loss falls by
@@ -29,6 +29,7 @@ from cli import Parser, UserError, run
 from corpus import tokenizer
 from corpus.manifest import data_hash, read_manifest
 from eval.models import find_run
+from families import FAMILIES
 from files import write_text
 from hf import import_transformers
 from recipe import EXECUTION_KEYS, TrainConfig
@@ -91,12 +92,12 @@ def main() -> None:
 
     def write(target: Path) -> None:
         model = checkpoint.load_model(folder).to_pretrained(tokens.n_vocab, tokens.eot_token)
-        write_tokenizer(tokens.name, model.config.n_positions, target)
+        write_tokenizer(tokens.name, state["gpt"]["block_size"], target)
         text = card(run_dir, config, state, tokens, model.num_parameters())
         write_text(target / "README.md", text)
-        model.save_pretrained(target, max_shard_size="1TB")  # one file
-        # The writer of the weights lets nobody else read them.
-        shutil.copymode(target / "config.json", target / "model.safetensors")
+        model.save_pretrained(target, max_shard_size="10GB")
+        for path in target.glob("*.safetensors"):  # their writer lets nobody else read them
+            shutil.copymode(target / "config.json", path)
 
     write_folder(to, write)
     print(f"step {state['step']:,} of {run_dir} as {to}")
@@ -201,6 +202,8 @@ def card(
 ) -> str:
     """The model card: what the model is, how it was trained, what it scored, how to load it."""
     gpt, step, max_steps = state["gpt"], state["step"], config["max_steps"]
+    family = gpt.get("family", "gpt2")
+    _, _, title = FAMILIES[family]
     positions, padding = gpt["block_size"], gpt["vocab_size"] - tokens.n_vocab
     batch, length = config["global_batch_size"], config["block_size"]
     source = config.get("init_from")
@@ -217,14 +220,14 @@ license: mit
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
+- {family}
 - pretraining
 - sample-reweighting
 ---
 
 # {run_dir.resolve().name}
 
-A GPT-2 ({gpt["n_layer"]} layers, {gpt["n_head"]} heads, width {gpt["n_embd"]},
+A {title} ({gpt["n_layer"]} layers, {gpt["n_head"]} heads, width {gpt["n_embd"]},
 {positions} positions, {parameters:,} parameters) trained with nanoReweight from {start}
 for {step:,} of {max_steps:,} steps. It is a research model that continues text; nothing was done to
 make it follow instructions or refuse them.

@@ -35,7 +35,7 @@ from corpus import tokenizer
 from data import RunData, open_data, read_batch, validation_windows
 from eval.models import find_run
 from files import write_text
-from model import GPT
+from model import LanguageModel
 from recipe import with_added_keys
 from reweight import STRATEGIES, sample_weights
 from runtime import checkpoint, reference
@@ -166,7 +166,7 @@ class Probe:
         return losses, ref, tokens_per_byte
 
 
-def preconditioned(model: GPT, optimizer: dict) -> Iterator[tuple[Tensor, Tensor]]:
+def preconditioned(model: LanguageModel, optimizer: dict) -> Iterator[tuple[Tensor, Tensor]]:
     """(parameter, its gradient over AdamW's sqrt(v) + eps), with v after a step of that gradient.
 
     Without the gradient in v, rows of tokens that training has not seen would count for all.

@@ -6,6 +6,9 @@ The file OUT.pt holds a dictionary. Its keys and values, for every layout of W r
     (parallel, way, dropout)         the same for each way of saving memory, with B = 4
     (parallel, B or way, "train")    what several steps do, and whether a NaN changes anything
     (parallel, B, "muon")            the same with Muon
+    (parallel, B, "llama")           one step of some variants of a Llama with grouped queries
+    (parallel, way, "llama")         the same for each way of saving memory, with B = 4
+    (parallel, B, "llama, train")    what several steps of it do
     (parallel, "bfloat16")           one step in bfloat16
 
 tests/test_distributed.py starts this file with W ranks and the argument OUT.pt.
@@ -22,7 +25,9 @@ import torch
 
 from data import Batch
 from eval import score_windows
-from model import GPT, GPTConfig
+from families import build
+from llama import LlamaConfig
+from model import GPTConfig, LanguageModel
 from recipe import TrainConfig, settle
 from reweight import STRATEGIES
 from runtime import checkpoint, distributed, reference
@@ -67,6 +72,7 @@ for form in REFERENCES:
     VARIANTS[form] = {"reweight": "linupper", "reweight_unit": "byte"}
 # Dropout and the ways of saving memory do not depend on the strategy, so three are enough.
 FEW_VARIANTS = ("uniform", "linupper", "robust")
+LLAMA_VARIANTS = (*FEW_VARIANTS, "shuffled", "within", "reference file")
 WAYS = {
     "loss_chunk": {"loss_chunk": 7},
     "full": {"recompute": "full"},
@@ -110,17 +116,19 @@ def batch_of(step: int) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], domains(), pairs)
 
 
-def small_model(dropout: float) -> GPT:
+def small_model(dropout: float, family: str = "gpt2") -> LanguageModel:
+    shapes = {
+        "gpt2": GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=V),
+        "llama": LlamaConfig(2, 4, 32, n_kv_head=2, n_ffn=80, block_size=T, vocab_size=V),
+    }
     torch.manual_seed(1)
-    model = GPT(
-        GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=V, dropout=dropout)
-    )
+    model = build(replace(shapes[family], dropout=dropout))
     with torch.no_grad():
-        model.wte.weight.mul_(20)  # far from the uniform prediction of a fresh model
+        model.head.mul_(20)  # far from the uniform prediction of a fresh model
     return model
 
 
-def reference_model() -> GPT:
+def reference_model() -> LanguageModel:
     """Another model of the same shape."""
     model = small_model(0.0)
     torch.manual_seed(2)
@@ -195,9 +203,11 @@ def one_step(trainer: Trainer, variant: str) -> dict:
     }
 
 
-def one_step_of_each(variants, dropout: float, B: int, parallel: str, **settings) -> dict:
+def one_step_of_each(
+    variants, dropout: float, B: int, parallel: str, family: str = "gpt2", **settings
+) -> dict:
     """{variant: one_step}, each from the same model."""
-    trainer = trainer_of(dropout, B, parallel, **settings)
+    trainer = trainer_of(dropout, B, parallel, family, **settings)
     original = trainer.config
     results = {}
     for variant in variants:
@@ -206,20 +216,21 @@ def one_step_of_each(variants, dropout: float, B: int, parallel: str, **settings
     return results
 
 
-def trainer_of(dropout: float, B: int, parallel: str, **settings) -> Trainer:
+def trainer_of(dropout: float, B: int, parallel: str, family: str = "gpt2", **settings) -> Trainer:
     config = config_of(B, parallel=parallel, **settings)
-    trainer = Trainer(small_model(dropout), config, 3, torch.device("cpu"), BYTE_LENGTHS)
+    raw = small_model(dropout, family)
+    trainer = Trainer(raw, config, 3, torch.device("cpu"), BYTE_LENGTHS)
     # Means of 0, 0.5 and 1 for the three domains: expected_losses() for their samples.
     trainer.domain_losses = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
     return trainer
 
 
-def train(B: int, parallel: str, dropout: float = 0.0, **settings) -> dict:
+def train(B: int, parallel: str, dropout: float = 0.0, family: str = "gpt2", **settings) -> dict:
     """Losses of a few steps, the optimizer's state after the first of them, whether the ranks have
     the same parameters (with FSDP: shares of them) in the end, and whether NaN losses change them.
     """
     rank, _, W = distributed.ranks()
-    trainer = trainer_of(dropout, B, parallel, reweight="linupper", **settings)
+    trainer = trainer_of(dropout, B, parallel, family, reweight="linupper", **settings)
     losses = []
     for step in range(STEPS):
         result = trainer.step(step, batch_of(step % BATCHES))
@@ -267,6 +278,9 @@ def main() -> None:
         if ranks == W:
             results[parallel, B, "global", 0.0] = one_step_of_each(VARIANTS, 0.0, B, parallel)
             results[parallel, B, "train"] = train(B, parallel)
+            steps = one_step_of_each(LLAMA_VARIANTS, 0.0, B, parallel, "llama")
+            results[parallel, B, "llama"] = steps
+            results[parallel, B, "llama, train"] = train(B, parallel, family="llama")
             if parallel == "ddp":
                 results[parallel, B, "muon"] = train(B, parallel, optimizer="muon")
     for parallel in ("ddp", "fsdp") if W > 1 else ("ddp",):
@@ -282,6 +296,8 @@ def main() -> None:
                 steps = one_step_of_each(FEW_VARIANTS, dropout, 4, parallel, **settings)
                 results[parallel, way, dropout] = steps
             results[parallel, way, "train"] = train(4, parallel, 0.2, **settings)
+            steps = one_step_of_each(FEW_VARIANTS, 0.0, 4, parallel, "llama", **settings)
+            results[parallel, way, "llama"] = steps
         trainer = trainer_of(0.0, 4, parallel, dtype="bfloat16")
         results[parallel, "bfloat16"] = one_step(trainer, "linupper")
         assert all(distributed.full(p).dtype == torch.float32 for p in trainer.raw.parameters())

@@ -12,11 +12,13 @@ import torch
 from conftest import command, expect_error, expect_ok
 
 import step
-from model import SIZES, GPTConfig
+from families import SIZES
+from model import GPTConfig
 from runtime import distributed
+from runtime.memory import flops_per_token
 from scripts.bench import COMMANDS
 from scripts.benchmarks.common import quartiles, take_turns, with_quartiles
-from scripts.benchmarks.train import PARTS, Clock, datasheet_flops, flops_per_token, named_shape
+from scripts.benchmarks.train import PARTS, Clock, datasheet_flops, named_shape
 
 BENCH = "scripts/bench.py"
 SMALL = (

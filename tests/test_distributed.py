@@ -10,6 +10,7 @@ from layout_worker import (
     CONTROLS,
     FEW_VARIANTS,
     LAYOUTS,
+    LLAMA_VARIANTS,
     MICRO_LAYOUTS,
     REFERENCES,
     VARIANTS,
@@ -71,17 +72,28 @@ def test_every_layout_gives_the_same_step(results, one, W, parallel, B):
 
 
 @layouts
-def test_every_layout_trains_alike(results, W, parallel, B):
+def test_every_layout_gives_the_same_step_of_a_llama(results, W, parallel, B):
+    expected = results(1)["ddp", G, "llama"]
+    assert_same_steps(results(W)[parallel, B, "llama"], expected, LLAMA_VARIANTS)
+
+
+families = pytest.mark.parametrize("name", ["train", "llama, train"])
+
+
+@families
+@layouts
+def test_every_layout_trains_alike(results, W, parallel, B, name):
     """Losses, not parameters: AdamW magnifies rounding where a gradient is almost zero."""
-    expected = results(1)["ddp", G, "train"]["losses"]
+    expected = results(1)["ddp", G, name]["losses"]
     assert expected[:BATCHES].mean() - expected[BATCHES:].mean() > 0.1  # it learns
-    got = results(W)[parallel, B, "train"]["losses"]
+    got = results(W)[parallel, B, name]["losses"]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+@families
 @layouts
-def test_a_nan_on_one_rank_skips_the_step_on_all(results, W, parallel, B):
-    assert results(W)[parallel, B, "train"]["unchanged"]
+def test_a_nan_on_one_rank_skips_the_step_on_all(results, W, parallel, B, name):
+    assert results(W)[parallel, B, name]["unchanged"]
 
 
 @pytest.mark.parametrize("W, B", [(W, B) for W, parallel, B in LAYOUTS if parallel == "ddp"])
@@ -118,6 +130,9 @@ def test_ways_of_saving_memory_change_no_step(results, way, W, parallel):
         if W == 1 and "loss_chunk" not in way:
             for variant in FEW_VARIANTS:
                 assert torch.equal(got[variant]["gradient"], expected[variant]["gradient"])
+    assert_same_steps(
+        results(W)[parallel, way, "llama"], results(1)["ddp", 4, "llama"], FEW_VARIANTS
+    )
     train = results(W)[parallel, way, "train"]
     assert train["unchanged"]
     # With dropout: the same B gives the same noise.
@@ -166,14 +181,18 @@ def sample_losses(model, rows):
     return torch.nn.functional.cross_entropy(logits, rows[:, 1:], reduction="none").mean(1)
 
 
-@pytest.mark.parametrize("variant", [*FORMULAS, "robust", *CONTROLS, *REFERENCES])
-def test_the_step_is_the_weighted_gradient_in_float64(one, variant):
-    model, rows = small_model(0.0).double(), global_batch()
+STEPS_IN_FLOAT64 = [("gpt2", name) for name in (*FORMULAS, "robust", *CONTROLS, *REFERENCES)]
+STEPS_IN_FLOAT64 += [("llama", name) for name in LLAMA_VARIANTS]
+
+
+@pytest.mark.parametrize("family, variant", STEPS_IN_FLOAT64)
+def test_the_step_is_the_weighted_gradient_in_float64(results, one, family, variant):
+    model, rows = small_model(0.0, family).double(), global_batch()
     losses = sample_losses(model, rows)
     weights = reference_weights(losses.detach().numpy(), variant)
     sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    got = one[variant]
+    got = one[variant] if family == "gpt2" else results(1)["ddp", G, "llama"][variant]
     assert relative(got["gradient"].double(), gradient) < 1e-5
     np.testing.assert_allclose(got["weights"].numpy(), weights, atol=1e-6)
     if variant not in ("uniform", "robust"):  # equal weights would show nothing

@@ -19,6 +19,8 @@ import train
 from cli import UserError
 from corpus import tokenizer
 from corpus.manifest import read_manifest
+from families import build, from_pretrained
+from llama import LlamaConfig
 from model import GPT, GPTConfig
 from runtime import checkpoint
 
@@ -26,6 +28,7 @@ safetensors, tokenizers, transformers = map(
     pytest.importorskip, ("safetensors", "tokenizers", "transformers")
 )
 BYTES, GPT2 = tokenizer.load("bytes"), tokenizer.load("gpt2")
+TOKENS = {"bytes": BYTES, "gpt2": GPT2, "llama": BYTES}  # of each folder in `exported`
 
 
 def export(run_dir, *flags):
@@ -35,7 +38,7 @@ def export(run_dir, *flags):
 def write_run(folder, tokens, gpt):
     """A run folder with one checkpoint of a model whose weights are all random."""
     torch.manual_seed(1)
-    model = GPT(gpt)
+    model = build(gpt)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     checkpoint.save(
@@ -54,15 +57,15 @@ def write_run(folder, tokens, gpt):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(run, its export) per tokenizer; the vocabularies are padded."""
-    shape = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=24)
+    """(run, its export) per tokenizer, and of a Llama; the vocabularies are padded."""
+    gpt = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=320)
+    llama = LlamaConfig(2, 4, 16, n_kv_head=2, n_ffn=40, block_size=24, vocab_size=320)
+    shapes = {"bytes": gpt, "gpt2": replace(gpt, vocab_size=50304), "llama": llama}
     made = {}
-    for tokens, rows in ((BYTES, 320), (GPT2, 50304)):
-        folder = write_run(
-            tmp_path_factory.mktemp(tokens.name) / "run", tokens, replace(shape, vocab_size=rows)
-        )
+    for name, tokens in TOKENS.items():
+        folder = write_run(tmp_path_factory.mktemp(name) / "run", tokens, shapes[name])
         expect_ok(export(folder))
-        made[tokens.name] = folder, folder / "hf"
+        made[name] = folder, folder / "hf"
     return made
 
 
@@ -100,12 +103,12 @@ def start_from(source, sample_data, out, *flags, ranks=1):
     )
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("name", TOKENS)
 def test_logits_of_the_export_are_ours(exported, name):
     run_dir, folder = exported[name]
     ours = checkpoint.load_model(checkpoint.find_latest(run_dir)).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    V = tokenizer.load(name).n_vocab
+    V = TOKENS[name].n_vocab
     idx = torch.randint(0, V, (3, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = theirs(idx).logits
@@ -114,11 +117,11 @@ def test_logits_of_the_export_are_ours(exported, name):
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == V - 1
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("name", TOKENS)
 def test_there_and_back_again(exported, name):
     run_dir, folder = exported[name]
     before = checkpoint.load_model(checkpoint.find_latest(run_dir)).state_dict()
-    after = GPT.from_pretrained(folder).state_dict()
+    after = from_pretrained(folder).state_dict()
     assert before.keys() == after.keys() and len(before["wte.weight"]) > len(after["wte.weight"])
     assert all(torch.equal(before[key][: len(after[key])], after[key]) for key in before)
 
@@ -171,14 +174,14 @@ def test_vocabulary_files_are_the_originals(exported):
         assert hashlib.sha256((exported["gpt2"][1] / file).read_bytes()).hexdigest() == sha256
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("name", TOKENS)
 def test_the_harness_opens_it(exported, name):
     pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     run_dir, folder = exported[name]
-    backend, ours = HFLM(pretrained=str(folder), device="cpu", batch_size=2), tokenizer.load(name)
+    backend, ours = HFLM(pretrained=str(folder), device="cpu", batch_size=2), TOKENS[name]
     model = checkpoint.load_model(checkpoint.find_latest(run_dir)).eval()
     pairs = [("The sky is", " blue"), ("", "naïve"), ("2 + 2 =", " 4")]
     got = backend.loglikelihood(
@@ -425,9 +428,9 @@ SOURCES = {  # case -> what is done to the folder of a GPT-2, flags, words of th
     ),
     "config of nothing": (lambda f: (f / "config.json").write_text("[]"), [], ["cannot be opened"]),
     "another architecture": (
-        lambda f: changed(f, model_type="llama"),
+        lambda f: changed(f, model_type="bloom"),
         [],
-        ["type llama", "only gpt2"],
+        ["type bloom", "only gpt2 or llama"],
     ),
     "another activation": (
         lambda f: changed(f, activation_function="relu"),

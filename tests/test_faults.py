@@ -163,6 +163,17 @@ def test_kills(start, unbroken, tmp_path):
     count(4, 0.25, start, unbroken, tmp_path / "run", killed)
 
 
+def test_kills_of_a_llama(start, tmp_path):
+    flags = ("--model=llama_tiny", "--n_layer=1", "--parallel=fsdp")
+    run = start(tmp_path / "unbroken", *flags)
+    assert run.wait() == [0, 0], run.output()
+
+    def start_llama(out):
+        return start(out, *flags)
+
+    count(2, 0.25, start_llama, tmp_path / "unbroken", tmp_path / "run", killed)
+
+
 @pytest.mark.long
 def test_a_hundred_kills(start, unbroken, tmp_path):
     count(100, 0.25, start, unbroken, tmp_path / "run", killed)

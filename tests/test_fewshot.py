@@ -15,6 +15,8 @@ from conftest import ROOT, command, expect_error, expect_ok
 import cli
 from corpus import tokenizer
 from eval import fewshot, harness, models
+from families import build
+from llama import LlamaConfig
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from runtime import checkpoint
@@ -27,6 +29,7 @@ NAMES = ("where", "letter", "from_nothing", "last_words", "tell", "whole_text")
 MODELS = {
     "gpt2": (GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50304), 2),
     "bytes": (GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320), 0),
+    "llama": (LlamaConfig(2, 4, 16, n_kv_head=2, n_ffn=40, block_size=64, vocab_size=320), 0),
 }
 
 
@@ -52,18 +55,19 @@ def teach(model, tokens):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder per tokenizer, with its export in hf/: gpt2 is random, bytes trained."""
+    """A run folder per model, with its export in hf/: bytes is trained, the others are random."""
     made = {}
     for name, (shape, _) in MODELS.items():
-        tokens, folder = tokenizer.load(name), tmp_path_factory.mktemp(name) / "run"
+        tokens = tokenizer.load("gpt2" if name == "gpt2" else "bytes")
+        folder = tmp_path_factory.mktemp(name) / "run"
         torch.manual_seed(1)
-        model = GPT(shape)
+        model = build(shape)
         if name == "bytes":
             teach(model, tokens)
         else:
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.3)
-        torch.nn.init.normal_(model.wte.weight[tokens.n_vocab :], std=2)  # padding that would win
+        torch.nn.init.normal_(model.head[tokens.n_vocab :], std=2)  # padding that would win
         checkpoint.save(
             folder,
             7,

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, command, expect_error, expect_ok
 
-from model import SIZES, GPTConfig
+from families import SIZES
+from llama import LlamaConfig
+from model import GPTConfig
 from recipe import TrainConfig, settle
 from runtime import memory
 from scripts.benchmarks.memory import CASES, Case, largest_batch, measure, predict
@@ -15,6 +17,8 @@ DEEP = GPTConfig(n_layer=6, n_head=4, n_embd=64, block_size=64, vocab_size=320)
 DEEP_DROPOUT = replace(DEEP, dropout=0.1)
 LARGE_HEAD = GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=8000)
 WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=16, vocab_size=320)
+LLAMA = LlamaConfig(6, 4, 64, n_kv_head=1, n_ffn=192, block_size=64, vocab_size=320)
+TIED = replace(LLAMA, n_layer=2, vocab_size=8000, tied=True)
 SHAPES = {
     "activations": Case(DEEP, 8),
     "activations with dropout": Case(DEEP_DROPOUT, 8),
@@ -31,6 +35,14 @@ SHAPES = {
     "gradients": Case(WIDE, 2),
     "Muon": Case(replace(WIDE, n_layer=1), 2, {"optimizer": "muon"}),
     "Muon's momentum": Case(WIDE, 64, {"optimizer": "muon"}),
+    "Llama": Case(LLAMA, 8),
+    "Llama, selective": Case(LLAMA, 8, {"recompute": "selective"}),
+    "Llama, full in bfloat16": Case(LLAMA, 8, {"dtype": "bfloat16", "recompute": "full"}),
+    "Llama in bfloat16": Case(replace(LLAMA, n_kv_head=4), 8, {"dtype": "bfloat16"}),
+    "Llama, untied head": Case(replace(LLAMA, n_layer=2, vocab_size=8000), 8),
+    "Llama, tied head in chunks": Case(TIED, 8, {"loss_chunk": 64}),
+    "Llama, gradients": Case(replace(LLAMA, n_layer=2, n_embd=256, n_ffn=704, block_size=16), 2),
+    "Llama, Muon's momentum": Case(LLAMA, 16, {"optimizer": "muon"}),
 }
 
 
@@ -98,6 +110,6 @@ def test_the_table_of_the_documentation_is_the_formulas():
     text = expect_ok(command("scripts/bench.py", "memory", "--what", "fits"))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     page = (ROOT / "docs" / "memory.md").read_text()
-    assert len(rows) == 11
+    assert len(rows) == 13
     for row in rows:
         assert row in page

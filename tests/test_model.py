@@ -1,4 +1,4 @@
-"""Our GPT-2 against transformers', on the same random weights."""
+"""Our GPT-2 against transformers', on the same random weights; what holds for every family."""
 
 from dataclasses import replace
 
@@ -7,9 +7,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import ATTENTION, GPT, SIZES, Cache, GPTConfig, attend, token_losses
+from families import SIZES, build
+from llama import LlamaConfig
+from model import ATTENTION, GPT, Cache, GPTConfig, attend, token_losses
 
 SMALL = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, vocab_size=211)
+LLAMA = LlamaConfig(
+    n_layer=3, n_head=4, n_embd=64, n_kv_head=2, n_ffn=160, block_size=48, vocab_size=211
+)
+FAMILIES = {"gpt2": SMALL, "llama": LLAMA, "llama, tied": replace(LLAMA, tied=True)}
+families = pytest.mark.parametrize("shape", FAMILIES.values(), ids=FAMILIES)
 PARAMETERS = {
     "tiny": 7_357_312,
     "124m": 124_439_808,
@@ -18,6 +25,10 @@ PARAMETERS = {
     "684m": 684_181_200,
     "774m": 774_030_080,
     "1.5b": 1_557_611_200,
+    "llama_tiny": 9_045_120,
+    "llama_1b": 1_235_814_400,
+    "llama_1.4b": 1_364_297_728,
+    "llama_7b": 6_738_415_616,
 }
 
 
@@ -62,11 +73,12 @@ def test_gradients_equal_transformers(reference):
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts(name):
     with torch.device("meta"):
-        assert GPT(SIZES[name]).n_parameters() == PARAMETERS[name]
+        assert build(SIZES[name]).n_parameters() == PARAMETERS[name]
 
 
-def test_biases_start_at_0_and_gains_at_1():
-    for name, parameter in GPT(SMALL).named_parameters():
+@families
+def test_biases_start_at_0_and_gains_at_1(shape):
+    for name, parameter in build(shape).named_parameters():
         if parameter.dim() == 1:
             expected = 1 if name.endswith("weight") else 0
             assert (parameter == expected).all(), name
@@ -84,9 +96,10 @@ def test_initialisation_is_gpt2s():
     assert (model.h[0].ln_1.weight == 1).all() and (model.h[0].mlp.c_fc.bias == 0).all()
 
 
-def test_a_token_sees_only_the_past():
+@families
+def test_a_token_sees_only_the_past(shape):
     torch.manual_seed(0)
-    model = GPT(SMALL).eval()
+    model = build(shape).eval()
     a = torch.randint(0, 211, (1, 20))
     b = a.clone()
     b[0, 12:] = (b[0, 12:] + 1) % 211
@@ -127,18 +140,19 @@ def test_dropout_is_at_gpt2s_four_places():
             assert same.all() if part is block.mlp else same.double().mean() < 0.5
 
 
-def step(dropout=0.0, bf16=False, compiled=False, n_layer=3, **ways):
+def step(dropout=0.0, bf16=False, compiled=False, n_layer=3, shape=SMALL, **ways):
     """Token losses (4, 20) and all gradients of their weighted sum.
 
     The weights are known only after the forward pass.
     """
     torch.manual_seed(0)
-    model = GPT(replace(SMALL, dropout=dropout, n_layer=n_layer))
+    model = build(replace(shape, dropout=dropout, n_layer=n_layer))
     with torch.no_grad():
         model.wte.weight.mul_(20)  # far from the uniform prediction of a fresh model
     for name, value in ways.items():
         setattr(model, name, value)
     if compiled:
+        torch.compiler.reset()  # forward is compiled for so many models only
         model.compile(fullgraph="loss_chunk" not in ways, backend="aot_eager")
     idx = torch.randint(0, 211, (4, 21))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -151,9 +165,10 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@families
 @pytest.mark.parametrize("chunk", [1, 7, 40, 79, 80, 1000])
-def test_losses_in_chunks_equal_the_plain_head(chunk):
-    (losses, gradient), (expected, plain) = step(loss_chunk=chunk), step()
+def test_losses_in_chunks_equal_the_plain_head(shape, chunk):
+    (losses, gradient), (expected, plain) = step(shape=shape, loss_chunk=chunk), step(shape=shape)
     assert losses.shape == (4, 20) and losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     assert relative(gradient, plain) < 1e-5
@@ -180,21 +195,22 @@ def test_chunks_in_bfloat16_add_up_in_float32():
     assert relative(whole, plain) < 2e-3
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape, dropout", [(SMALL, 0.0), (SMALL, 0.3), (LLAMA, 0.0)])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_no_bit(recompute, dropout):
-    assert all(map(torch.equal, step(dropout, recompute=recompute), step(dropout)))
-    assert all(
-        map(torch.equal, step(dropout, bf16=True, recompute=recompute), step(dropout, bf16=True))
-    )
+def test_recomputation_changes_no_bit(recompute, shape, dropout):
+    for bf16 in (False, True):
+        plain = step(dropout, bf16, shape=shape)
+        assert all(map(torch.equal, step(dropout, bf16, shape=shape, recompute=recompute), plain))
 
 
+@pytest.mark.parametrize("shape", [SMALL, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_compiled_model_is_one_graph_with_the_same_gradients(recompute):
+def test_a_compiled_model_is_one_graph_with_the_same_gradients(recompute, shape):
     """But for the head in chunks, which stays out of it."""
-    expected, plain = step(n_layer=1)
+    settings = {"n_layer": 1, "shape": shape}
+    expected, plain = step(**settings)
     for chunk in ({}, {"loss_chunk": 16}):
-        losses, gradient = step(compiled=True, n_layer=1, recompute=recompute, **chunk)
+        losses, gradient = step(compiled=True, recompute=recompute, **settings, **chunk)
         torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
         assert relative(gradient, plain) < 1e-5
 
@@ -208,10 +224,11 @@ def test_losses_are_no_view(chunk):
     assert not model(idx, idx)._is_view()
 
 
-def test_selective_keeps_matrix_products_and_full_does_them_again():
+@families
+def test_selective_keeps_matrix_products_and_full_does_them_again(shape):
     def flops(**ways):
         with FlopCounterMode(display=False) as counter:
-            step(**ways)
+            step(shape=shape, **ways)
         return counter.get_total_flops()
 
     assert flops(recompute="selective") == flops()
@@ -229,10 +246,11 @@ class AttentionCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@families
 @pytest.mark.parametrize("recompute, calls", [("none", 3), ("selective", 3), ("full", 6)])
-def test_selective_does_attention_without_dropout_once(recompute, calls):
+def test_selective_does_attention_without_dropout_once(shape, recompute, calls):
     with AttentionCalls() as counter:
-        step(recompute=recompute)
+        step(shape=shape, recompute=recompute)
     assert counter.calls == calls  # of three blocks
 
 
@@ -247,9 +265,10 @@ def test_losses_of_a_model_in_bfloat16_are_computed_in_float32():
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_cache_works_with_recomputation_set():
+@families
+def test_the_cache_works_with_recomputation_set(shape):
     torch.manual_seed(0)
-    model, idx = GPT(SMALL).eval(), torch.randint(0, 211, (2, 20))
+    model, idx = build(shape).eval(), torch.randint(0, 211, (2, 20))
     expected = model.hidden(idx)
     model.recompute = "full"
     caches = [Cache(20) for _ in model.h]

@@ -357,9 +357,9 @@ def test_hf_must_be_a_gpt2_with_the_datas_tokens(hf, data_dir, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     expect_error(command(*ask, folder), f"{folder}: its tokenizer cannot be opened", "restore")
     (folder / "config.json").write_text(
-        (hf[1] / "config.json").read_text().replace('"gpt2"', '"llama"')
+        (hf[1] / "config.json").read_text().replace('"gpt2"', '"bloom"')
     )
-    expect_error(command(*ask, folder), "type llama", "gpt2")
+    expect_error(command(*ask, folder), "type bloom", "gpt2 or llama")
     large = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=50257, n_positions=8, n_embd=4, n_layer=1, n_head=1)
     )

@@ -10,24 +10,28 @@ from conftest import command, expect_error, expect_ok
 from corpus import tokenizer
 from eval.generate import generate
 from eval.sample import sampler
+from families import build
+from llama import LlamaConfig
 from model import GPT, GPTConfig
 from runtime import checkpoint
 
 SHAPE = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, vocab_size=320)
+LLAMA = LlamaConfig(3, 4, 64, n_kv_head=2, n_ffn=160, block_size=48, vocab_size=320)
 V = 257
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[SHAPE, LLAMA], ids=["gpt2", "llama"])
+def model(request):
     """Random weights, with padding rows that would win.
 
     In double precision, so that no two logits are nearly equal.
     """
     torch.manual_seed(0)
-    model = GPT(SHAPE).double().eval()
+    model = build(request.param).double().eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.1 if name.endswith("bias") else 0.5)
-    torch.nn.init.normal_(model.wte.weight[V:], std=2)
+    torch.nn.init.normal_(model.head[V:], std=2)
+    torch.nn.init.zeros_(model.head[V - 1])  # no text ends soon
     return model
 
 
@@ -104,7 +108,7 @@ def run_dir(tmp_path, model):
         tmp_path,
         5,
         (model.float().state_dict(), {}),
-        {"gpt": asdict(SHAPE), "tokenizer_sha256": tokenizer.load("bytes").sha256},
+        {"gpt": asdict(model.config), "tokenizer_sha256": tokenizer.load("bytes").sha256},
         1,
     )
     model.double()
@@ -173,7 +177,7 @@ def test_damaged_runs_are_told_in_one_line(run_dir):
     model = torch.load(weights)
     content = json.loads(state.read_text())
     checkpoint.save(
-        run_dir, 5, ({**model, "ln_f.bias": model["ln_f.bias"] * float("nan")}, {}), content, 1
+        run_dir, 5, ({**model, "ln_f.weight": model["ln_f.weight"] * float("nan")}, {}), content, 1
     )
     expect_error(sample(run_dir), "diverged")
     state.write_text(json.dumps({**content, "tokenizer_sha256": "of another"}))

@@ -18,7 +18,8 @@ from conftest import ROOT, expect_error, expect_ok
 from cli import parse
 from corpus import tokenizer
 from eval import models
-from model import GPT, SIZES, GPTConfig
+from families import SIZES
+from model import GPT, GPTConfig
 from recipe import TrainConfig, settle
 from reweight import STRATEGIES
 from runtime import checkpoint

@@ -21,7 +21,9 @@ import data
 from cli import parse, read_comments
 from corpus.manifest import DOMAINS, read_manifest
 from data import Batch, validation_windows
-from model import GPT, SIZES, GPTConfig
+from families import SIZES, build
+from llama import LlamaConfig
+from model import GPT, GPTConfig
 from recipe import TrainConfig, lr_at, r_at
 from reweight import STRATEGIES
 from runtime import checkpoint, distributed, telemetry
@@ -117,7 +119,8 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
     assert_same_model(out, unbroken, 12)
 
 
-def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["tiny", "llama_tiny"])
+def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch, model):
     """Two ranks with FSDP, weights against the domains' running means: stopped at 4 of 8 steps."""
     flags = (
         "--max_steps=8",
@@ -128,6 +131,7 @@ def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch):
         "--parallel=fsdp",
         "--reweight_norm=domain",
         "--record_samples=3",
+        f"--model={model}",
     )
     a, b = tmp_path / "a", tmp_path / "b"
     expect_ok(run(sample_data, a, *flags, ranks=2, patch="one_layer()"))
@@ -141,7 +145,7 @@ def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch):
     # A checkpoint is a whole one: a single process continues with the losses of two ranks. Dropout
     # noise belongs to the micro-batch of 4.
     shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
-    monkeypatch.setitem(SIZES, "tiny", replace(SIZES["tiny"], n_layer=1))
+    monkeypatch.setitem(SIZES, model, replace(SIZES[model], n_layer=1))
     expect_ok(run(sample_data, b, *flags, "--micro_batch_size=4"))
     losses_a, losses_b = ([row["loss"] for row in records(out, "train")] for out in (a, b))
     np.testing.assert_allclose(losses_a, losses_b, atol=1e-5)
@@ -363,8 +367,19 @@ def test_learning_rate_schedule():
     assert rates == pytest.approx([1e-7, 2.5e-4, 5e-4, 3e-4, 1e-4], rel=1e-3)
 
 
-def test_weight_decay_is_on_matrices_only():
-    model = GPT(GPTConfig(1, 1, 8, 8, 16))
+def test_a_quadratic_warm_up_is_steep_at_first():
+    def rates(shape):
+        config = TrainConfig(warmup_shape=shape)
+        return [lr_at(step, config) / config.learning_rate for step in (0, 125, 250, 500, 10_250)]
+
+    quadratic, linear = rates("quadratic"), rates("linear")
+    assert quadratic[1:3] == pytest.approx([1 - 0.75**2, 1 - 0.5**2], rel=1e-3)
+    assert quadratic[::3] == linear[::3] and quadratic[4] == linear[4]
+
+
+@pytest.mark.parametrize("shape", [GPTConfig(1, 1, 8, 8, 16), LlamaConfig(1, 1, 8, 1, 16)])
+def test_weight_decay_is_on_matrices_only(shape):
+    model = build(shape)
     decayed, free = make_optimizer(model, TrainConfig()).param_groups
     assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.01
     assert all(p.dim() == 1 for p in free["params"]) and free["weight_decay"] == 0.0
@@ -439,6 +454,9 @@ def test_configs_differ_from_the_defaults_in_every_line(path, sample_data, tmp_p
     default = TrainConfig()
     if path != "published.py":  # that one stays as it is when a default changes
         assert all(getattr(default, key) != value for key, value in values.items()), values
+    if path.startswith("llama_"):
+        size = path.removesuffix("_linupper.py")
+        assert (values["model"], values["reweight"]) == (size, "linupper")
     if path.startswith("gpt2_"):
         size, strategy, *_ = [*path.removesuffix(".py").split("_")[1:], "uniform"]
         assert values.get("model", "124m") == size

@@ -17,7 +17,7 @@ from cli import UserError
 from corpus.manifest import read_manifest
 from data import Split, read_batch, validation_windows
 from eval.perplexity import score
-from model import GPT, SIZES
+from families import SIZES, build
 from recipe import TrainConfig, model_shape
 from scripts.benchmarks.common import (
     default_device,
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 
     torch.manual_seed(0)
     config = TrainConfig(model=args.model, block_size=args.block_size, dropout=0.0)
-    model = GPT(model_shape(config, manifest)).to(device)
+    model = build(model_shape(config, manifest)).to(device)
     batches = []
     for first in range(0, len(pairs), args.batch_size):
         x, y, _ = read_batch(split, pairs[first : first + args.batch_size])

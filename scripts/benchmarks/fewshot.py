@@ -24,7 +24,8 @@ import torch
 
 from cli import UserError
 from corpus import tokenizer
-from model import GPT, SIZES, GPTConfig
+from families import SIZES, Shape, build
+from model import GPTConfig
 from scripts.benchmarks.common import (
     default_device,
     describe,
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
             print(f"  {method:<16}{clock:<10} {ratio}; ours {np.median(our_seconds):.2f} s")
 
 
-def make_backends(shape: GPTConfig, batch_size: int, device: torch.device) -> tuple:
+def make_backends(shape: Shape, batch_size: int, device: torch.device) -> tuple:
     """The same random model behind eval/fewshot.py and behind the harness's hf backend."""
     from lm_eval.models.huggingface import HFLM
 
@@ -80,7 +81,7 @@ def make_backends(shape: GPTConfig, batch_size: int, device: torch.device) -> tu
 
     tokens = tokenizer.load("gpt2")
     torch.manual_seed(0)
-    model = GPT(replace(shape, block_size=CONTEXT, vocab_size=tokens.n_vocab))
+    model = build(replace(shape, block_size=CONTEXT, vocab_size=tokens.n_vocab))
     with tempfile.TemporaryDirectory() as folder:
         model.to_pretrained(tokens.n_vocab, tokens.eot_token).save_pretrained(folder)
         write_tokenizer("gpt2", CONTEXT, Path(folder))

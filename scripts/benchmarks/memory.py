@@ -31,7 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cli import UserError
 from data import Batch
-from model import GPT, SIZES, GPTConfig
+from families import SIZES, Shape, build
+from llama import LlamaConfig
+from model import GPTConfig
 from recipe import TrainConfig, settle
 from runtime import distributed, memory
 from runtime.distributed import print0
@@ -50,7 +52,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench.py"
 class Case(NamedTuple):
     """One prediction to check. B: sequences of a micro-batch, A: micro-steps, W: ranks."""
 
-    gpt: GPTConfig
+    gpt: Shape
     B: int
     settings: dict = {}  # keys of TrainConfig
     A: int = 1
@@ -79,6 +81,15 @@ WIDE = GPTConfig(
     block_size=128,
     vocab_size=320,
 )
+LLAMA = LlamaConfig(
+    n_layer=6,
+    n_head=6,
+    n_embd=384,
+    n_kv_head=2,
+    n_ffn=1024,
+    block_size=256,
+    vocab_size=32000,
+)
 BF16 = {"dtype": "bfloat16"}
 CHUNK = {"loss_chunk": 128}
 SELECTIVE = {"recompute": "selective"}
@@ -105,6 +116,13 @@ CASES = {
     "wide, fsdp": Case(WIDE, 2, FSDP, W=2),
     "wide, fsdp, 2 micro-steps": Case(WIDE, 2, FSDP, A=2, W=2),
     "wide, 8 layers, fsdp": Case(replace(WIDE, n_layer=8), 2, FSDP, W=2),
+    "llama": Case(LLAMA, 4),
+    "llama, selective": Case(LLAMA, 4, SELECTIVE),
+    "llama, full": Case(LLAMA, 4, FULL),
+    "llama, bfloat16, loss_chunk 128": Case(LLAMA, 4, BF16 | CHUNK),
+    "llama, bfloat16, loss_chunk 128, full": Case(LLAMA, 4, BF16 | CHUNK | FULL),
+    "llama, 2 micro-steps": Case(LLAMA, 2, A=2),
+    "llama, fsdp": Case(LLAMA, 2, FSDP, W=2),
 }
 FLAT = replace(SMALL, n_layer=1, block_size=512)
 HEAD = {
@@ -236,7 +254,7 @@ def make_trainer(case: Case, device: torch.device) -> tuple[Trainer, Batch]:
     n = case.A * case.B
     config = TrainConfig(global_batch_size=n * case.W, micro_batch_size=case.B, **settings)
     config = settle(config, case.W)
-    trainer = Trainer(GPT(case.gpt), config, n_domains=1, device=device)
+    trainer = Trainer(build(case.gpt), config, n_domains=1, device=device)
     size = (n, case.gpt.block_size + 1)
     tokens = torch.randint(case.gpt.vocab_size, size, device=device)
     pairs = np.zeros((n * case.W, 2), dtype=np.int64)
@@ -287,10 +305,14 @@ def print_what_fits() -> None:
         print_row_of_what_fits(size, T=1024, dropout=0.0)
     for size in ("124m", "210m", "684m"):  # as published
         print_row_of_what_fits(size, T=512, dropout=0.1)
+    for size in ("llama_1b", "llama_1.4b"):
+        print_row_of_what_fits(size, T=4096, dropout=0.0)
 
 
 def print_row_of_what_fits(size: str, T: int, dropout: float) -> None:
-    gpt = replace(SIZES[size], block_size=T, vocab_size=50304, dropout=dropout)
+    gpt = replace(SIZES[size], block_size=T, dropout=dropout)
+    if gpt.family == "gpt2":
+        gpt = replace(gpt, vocab_size=50304)
     cells = []
     for card in CARDS:
         batches = [str(largest_batch(gpt, card, **way)) for way in WAYS]
@@ -298,7 +320,7 @@ def print_row_of_what_fits(size: str, T: int, dropout: float) -> None:
     print(table_row([size, T, dropout, *cells]))
 
 
-def largest_batch(gpt: GPTConfig, gigabytes: float, **settings) -> int:
+def largest_batch(gpt: Shape, gigabytes: float, **settings) -> int:
     """The most sequences of a micro-batch that fit on a card; 0: not one."""
     usable = memory.USABLE * gigabytes * 1e9
     B = 0

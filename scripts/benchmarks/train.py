@@ -39,8 +39,9 @@ import step
 from cli import UserError, parse
 from corpus.manifest import DOMAINS, read_manifest
 from data import batches, open_data
+from families import SIZES, Shape, build
 from files import write_text
-from model import GPT, SIZES, GPTConfig
+from model import GPTConfig
 from recipe import TrainConfig, model_shape, settle
 from reweight import STRATEGIES
 from runtime import distributed, memory
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             if not args.data:
-                n_vocab = args.n_vocab or (257 if size == "tiny" else 50257)
+                n_vocab = args.n_vocab or (257 if size.endswith("tiny") else 50257)
                 write_random_shards(Path(folder), len(DOMAINS), n_vocab)
             for B in args.micro_batch:
                 sizes = {
@@ -176,7 +177,7 @@ def read_flags(argv: list[str]) -> tuple[Namespace, TrainConfig]:
     return args, settle(config, world_size)
 
 
-def named_shape(size: str) -> GPTConfig:
+def named_shape(size: str) -> Shape:
     """A row of SIZES, or the shape that LAYERSxHEADSxWIDTH says."""
     if size in SIZES:
         return SIZES[size]
@@ -223,7 +224,7 @@ def bench_shape(
 class Bench:
     """A trainer and its batches, as train.py makes them."""
 
-    def __init__(self, config: TrainConfig, gpt: GPTConfig, device: torch.device):
+    def __init__(self, config: TrainConfig, gpt: Shape, device: torch.device):
         config = memory.settle_loss_chunk(config, gpt, distributed.ranks().world_size)
         run_data = open_data(
             config.data_dir,
@@ -236,7 +237,7 @@ class Bench:
         torch.manual_seed(config.seed)
         n_domains = len(run_data.train.domains)
         self.config, self.gpt, self.device = config, gpt, device
-        self.trainer = step.Trainer(GPT(gpt), config, n_domains, device)
+        self.trainer = step.Trainer(build(gpt), config, n_domains, device)
         rank, _, world_size = distributed.ranks()
         pin = device.type == "cuda"
         self.stream = batches(run_data, 0, config.max_steps, rank, world_size, pin)
@@ -360,7 +361,7 @@ def measure(bench: Bench, strategies: list[str], rounds: int) -> list[dict]:
     seconds = take_turns(blocks, rounds, bench.device) / bench.config.log_interval
     peak = peak_memory(bench.device)
     tokens = bench.config.global_batch_size * bench.config.block_size
-    flops_per_rank = flops_per_token(bench.gpt) * tokens / distributed.ranks().world_size
+    flops_per_rank = memory.flops_per_token(bench.gpt) * tokens / distributed.ranks().world_size
     rows = []
     for j, strategy in enumerate(strategies):
         step_s, processor_s = np.median(seconds[:, j], axis=0).tolist()
@@ -401,13 +402,6 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 # Floating-point operations
-
-
-def flops_per_token(gpt: GPTConfig) -> int:
-    """6 N + 12 L C T, forward and backward; N without the positions, which are only looked up."""
-    with torch.device("meta"):
-        N = GPT(gpt).n_parameters() - gpt.block_size * gpt.n_embd
-    return 6 * N + 12 * gpt.n_layer * gpt.n_embd * gpt.block_size
 
 
 def matmul_flops(device: torch.device, dtype: str) -> float:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from corpus.manifest import read_manifest
 from data import Split, read_batch, validation_windows
 from files import write_text
-from model import GPT
+from model import LanguageModel
 from runtime import checkpoint
 from scripts.probe_utility import Probe, Samples, examine
 
@@ -47,7 +47,7 @@ def calibrated_loss(folder: Path, per_domain: int) -> float:
 
 
 @torch.no_grad()
-def losses_at_temperatures(model: GPT, split: Split, pairs: np.ndarray) -> np.ndarray:
+def losses_at_temperatures(model: LanguageModel, split: Split, pairs: np.ndarray) -> np.ndarray:
     """(M, 2) windows -> (M, K) their losses at each of TEMPERATURES."""
     model.eval()
     losses = []
