@@ -1,8 +1,8 @@
 """From shards on disk to batches: which windows a step trains on, and their tokens.
 
-A shard is one domain's token stream, `DATA/<domain>/{train,val}_00000.npy` (uint16, one
-dimension). Its window i is tokens i*T to i*T+T inclusive: T inputs and T targets, so that each
-token is a target once; windows do not cross shards.
+A shard is one domain's token stream, `DATA/<domain>/{train,val}_00000.npy`: a row of uint16, or of
+uint32 where the vocabulary is above 65,536. Its window i is tokens i*T to i*T+T inclusive: T inputs
+and T targets, so that each token is a target once; windows do not cross shards.
 
 T tokens of a window, G windows of the global batch, n of them on this rank, D domains.
 """
@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -64,6 +64,7 @@ class Split:
     def __init__(self, data_dir: str | Path, manifest: dict, split: str, block_size: int):
         self.block_size = block_size
         self.n_vocab = manifest["tokenizer"]["n_vocab"]
+        self.dtype = np.dtype(manifest.get("dtype", "uint16")).newbyteorder("<")
         self.tokenizer_sha256 = manifest["tokenizer"]["sha256"]
         self.eot_token = manifest["tokenizer"]["eot_token"]  # the last token of each document
         self.held_out = manifest["source"].get("holdout", [])  # domains with validation text only
@@ -91,7 +92,7 @@ class Split:
             self.ends.append(np.cumsum(windows))
         self.n_windows = np.array([ends[-1] for ends in self.ends], dtype=np.int64)  # (D,)
 
-        self.header = lru_cache(maxsize=None)(read_header)
+        self.header = lru_cache(maxsize=None)(partial(read_header, dtype=self.dtype))
         self.open = lru_cache(maxsize=64)(open_shard)  # systems allow 256 open files and more
         self.window_kinds = lru_cache(maxsize=None)(self._window_kinds)
 
@@ -115,15 +116,16 @@ class Split:
         return ""
 
     def window(self, domain: int, index: int) -> np.ndarray:
-        """(T + 1,) uint16: the tokens of window `index` of the domain."""
+        """(T + 1,) ids of self.dtype: the tokens of window `index` of the domain."""
         ends = self.ends[domain]
         shard = int(np.searchsorted(ends, index, side="right"))
         windows_before = ends[shard - 1] if shard else 0
         start = (index - windows_before) * self.block_size
         path = self.paths[domain][shard]
         # Read, not memory-mapped: resident memory would grow with every page ever touched.
-        size, offset = 2 * (self.block_size + 1), self.header(path) + 2 * start
-        tokens = np.frombuffer(os.pread(self.open(path).fileno(), size, offset), dtype="<u2")
+        itemsize = self.dtype.itemsize
+        size, offset = itemsize * (self.block_size + 1), self.header(path) + itemsize * start
+        tokens = np.frombuffer(os.pread(self.open(path).fileno(), size, offset), dtype=self.dtype)
         if len(tokens) <= self.block_size or tokens.max() >= self.n_vocab:
             raise UserError(
                 f"shard {path} was changed: expected tokens {start:,} to "
@@ -207,17 +209,17 @@ def open_shard(path: Path) -> BinaryIO:
         raise UserError(f"shard {path} cannot be read ({error}); {RESTORE}") from None
 
 
-def read_header(path: Path) -> int:
-    """The bytes before a shard's first token; UserError where it is not one dimension of uint16."""
+def read_header(path: Path, dtype: np.dtype) -> int:
+    """The bytes before a shard's first token; UserError where it is not one row of `dtype`."""
     with open_shard(path) as file:
         try:
             np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
         except (OSError, ValueError) as error:
             raise UserError(f"shard {path} cannot be read ({error}); {RESTORE}") from None
-        if dtype != np.dtype("<u2") or len(shape) != 1:
+        if found != dtype or len(shape) != 1:
             raise UserError(
-                f"shard {path} holds {dtype} of shape {shape}, not a row of uint16; {RESTORE}"
+                f"shard {path} holds {found} of shape {shape}, not a row of {dtype}; {RESTORE}"
             )
         return file.tell()
 

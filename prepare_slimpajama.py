@@ -3,13 +3,16 @@
     python prepare_slimpajama.py --source files --input SlimPajama-627B --out data/slimpajama
     python prepare_slimpajama.py --source hub --dataset DKYoon/SlimPajama-6B --out data/slimpajama
     python prepare_slimpajama.py --source sample --tokenizer bytes --out data/sample  # seconds
+    python prepare_slimpajama.py --source hub --dataset HuggingFaceFW/fineweb --name sample-10BT \\
+        --tokenizer llama/tokenizer.json --out data/fineweb
     python prepare_slimpajama.py --source files --input fineweb \\
         --schema text=text,constant=fineweb --out data/fineweb
     python prepare_slimpajama.py --verify data/slimpajama  # read everything again
 
 Writes OUT/<domain>/{train,val}_00000.npy: the tokens of each document followed by end-of-text, as
-uint16. The number is that of a unit of the input, so the shards do not depend on --workers, --part
-or interruptions. OUT/manifest.json is written last: if it exists, the data is complete.
+uint16, or uint32 for a vocabulary above 65,536. The number is that of a unit of the input, so the
+shards do not depend on --workers, --part or interruptions. OUT/manifest.json is written last: if it
+exists, the data is complete.
 
 After an interruption, the same command goes on where it stopped. On several machines, run
 --part 1/4 to --part 4/4 with one folder (or with folders that are then copied into one), and then
@@ -39,20 +42,32 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 
 import files
 from cli import Parser, Progress, UserError, nearest, run
 from corpus import documents as sources
+from corpus import fast, units
 from corpus import sample as sample_corpus
 from corpus import tokenizer as tokenizers
-from corpus import units
 from corpus.documents import Segment
+from corpus.hf_tokenizer import find_copy
 from corpus.inputs import SUFFIXES
-from corpus.manifest import DOMAINS, PREPARING, SCHEMA, all_shards, read_manifest
+from corpus.manifest import (
+    DOMAINS,
+    PREPARING,
+    SCHEMA,
+    TOKENIZER,
+    all_shards,
+    dtype_for,
+    read_manifest,
+)
 from corpus.plan import (
     Plan,
     differences,
+    label_of,
     make_units,
     open_plan,
     parse_splits,
@@ -94,9 +109,10 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--source is needed (--help lists all flags)")
     if not args.merge and (args.source == "files") != bool(args.input):
         raise UserError("--source files needs --input PATH ..., and the other sources take none")
-    if not args.split:
-        validation = "test" if args.source == "hub" else "validation"
-        args.split = f"train=train,val={validation}"
+    if args.name and args.source != "hub":
+        raise UserError(f"--name {args.name}: only a dataset of the hub has one; leave it out")
+    if not args.split and args.source != "hub":
+        args.split = "train=train,val=validation"
     return args
 
 
@@ -115,12 +131,14 @@ def add_source_flags(parser: Parser) -> None:
         default="DKYoon/SlimPajama-6B",
         help="with --source hub: name, or a local folder laid out like one (default: %(default)s)",
     )
+    add("--name", help="with --source hub: a part that the dataset names, such as sample-10BT")
     add("--revision", help="with --source hub: branch, tag or commit of the dataset")
     add("--seed", type=int, default=0, help="with --source sample: of the corpus (default: 0)")
     add(
         "--split",
         help="the source's names for our two splits (default: train=train,val=validation; with "
-        "--source hub: train=train,val=test); where it has no validation, train=train,val=hash "
+        "--source hub: train=train,val=test, or val=hash where it has only train); where it has no "
+        "validation, train=train,val=hash "
         f"holds out one training document in {sources.HELD_OUT}, by a hash of its text",
     )
     add(
@@ -160,9 +178,16 @@ def add_output_flags(parser: Parser) -> None:
     add("--out", help="folder to write")
     add(
         "--tokenizer",
-        choices=tokenizers.NAMES,
         default="gpt2",
-        help="bytes: 257 symbols, for tiny models on a CPU (default: gpt2)",
+        metavar="NAME_OR_PATH",
+        help="gpt2, bytes (257 symbols, for tiny models on a CPU), or a tokenizer.json of Hugging "
+        "Face's or its folder, of which OUT keeps a copy (default: gpt2)",
+    )
+    add(
+        "--eot",
+        metavar="TOKEN",
+        help="with a tokenizer.json: the token that ends a text, where neither the file nor "
+        "tokenizer_config.json beside it says so",
     )
     add(
         "--shard_tokens",
@@ -245,6 +270,8 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 def make_settings(args: argparse.Namespace) -> dict:
     """What the shards depend on besides inputs and tokenizer: the manifest's "source"."""
+    if args.source == "hub":
+        fill_in_from_hub(args)
     parse_splits(args.split)
     schema = sources.parse_schema(args.schema)
     known = (schema.constant,) if schema.constant else DOMAINS
@@ -271,6 +298,8 @@ def make_settings(args: argparse.Namespace) -> dict:
         settings |= {"input": args.input}
     else:
         settings |= {"dataset": args.dataset, "revision": args.revision}
+        if args.name:
+            settings["name"] = args.name
     return settings | {
         "split": args.split,
         "schema": list(schema),
@@ -282,11 +311,28 @@ def make_settings(args: argparse.Namespace) -> dict:
     }
 
 
+def fill_in_from_hub(args: argparse.Namespace) -> None:
+    """--split and --schema where they were not given, by what the dataset has; prints them."""
+    dataset = sources.Dataset(args.dataset, args.name, args.revision)
+    if not args.split:
+        only_train = sources.split_names(dataset) == ["train"]
+        args.split = f"train=train,val={sources.HASH if only_train else 'test'}"
+        if only_train:
+            print(
+                f"{args.dataset} has only train: one document in {sources.HELD_OUT} is for "
+                "validation, by a hash of its text"
+            )
+    if not args.schema and not sources.has_domains(dataset, parse_splits(args.split)):
+        domain = sources.domain_of_dataset(args.dataset)
+        args.schema = f"text=text,constant={domain}"
+        print(f"{args.dataset} names no domains: all of it is domain {domain} (see --schema)")
+
+
 # Estimates
 
 
 def estimate(
-    settings: dict, segments: list[Segment], tokenizer: tokenizers.Tokenizer
+    settings: dict, segments: list[Segment], encode: Callable[[str], np.ndarray]
 ) -> tuple[float, float, float]:
     """(bytes of text and tokens per byte on disk, bytes of text per second and core).
 
@@ -301,7 +347,7 @@ def estimate(
         stratum = total_size(segments[first : first + step])
         sample = read_beginning(settings, segments[first])
         start = time.perf_counter()
-        n_tokens = sum(len(tokenizer.encode_to_numpy(beginning)) + 1 for beginning in sample.texts)
+        n_tokens = sum(len(encode(beginning)) + 1 for beginning in sample.texts)
         seconds += time.perf_counter() - start
         n_bytes = sum(len(beginning.encode()) for beginning in sample.texts)
         stratum_text = stratum * sample.text / max(sample.disk, 1)
@@ -361,7 +407,10 @@ def check_disk(out: Path, needed: float) -> None:
 
 
 def print_plan(
-    own_units: list[list[Segment]], rates: tuple[float, float, float] | None, workers: int
+    own_units: list[list[Segment]],
+    rates: tuple[float, float, float] | None,
+    workers: int,
+    itemsize: int,
 ) -> None:
     """What --dry_run prints: the files, and what is known of the result."""
     sizes = Counter()
@@ -380,9 +429,10 @@ def print_plan(
     if rates:
         text_rate, token_rate, speed = rates
         minutes = size * text_rate / speed / workers / 60
+        shards = size * itemsize * token_rate
         print(
             f"about {size * text_rate / 1e9:,.3f} GB of text, "
-            f"{size * token_rate / 1e6:,.1f}M tokens, {size * 2 * token_rate / 1e9:,.3f} GB of "
+            f"{size * token_rate / 1e6:,.1f}M tokens, {shards / 1e9:,.3f} GB of "
             f"shards, {minutes:,.1f} minutes with {workers} workers"
         )
 
@@ -472,7 +522,8 @@ def run_units(
     rate: bytes of shards per byte of input, to see early if the disk is too small; 0: unknown.
     """
     shared = units.Shared(SPAWN, crew.allowed_bad, crew.n_bad)
-    pool = start_pool(plan, min(crew.n, len(todo)), crew.lock_path, shared)
+    tokenizer = plan.tokenizer if work == units.work else None
+    pool = start_pool(plan.out, tokenizer, min(crew.n, len(todo)), crew.lock_path, shared)
     try:
         # Workers inherit the blocked signal from their first moment on. So Ctrl-C reaches only the
         # parent, which asks them to stop.
@@ -490,12 +541,14 @@ def run_units(
         pool.shutdown(cancel_futures=True)
 
 
-def start_pool(plan: Plan, n: int, lock_path: Path, shared: units.Shared) -> Executor:
-    tokenizer = plan.tokenizer["name"]
+def start_pool(
+    out: Path, tokenizer: dict | None, n: int, lock_path: Path, shared: units.Shared
+) -> Executor:
+    """tokenizer: the manifest's entry; None for work that needs none."""
     if n == 1:  # a thread of this process: a second process would only take time to start
-        arguments = (shared, tokenizer, None)
+        arguments = (shared, tokenizer, out, None)
         return ThreadPoolExecutor(1, initializer=units.start_worker, initargs=arguments)
-    arguments = (shared, tokenizer, lock_path)
+    arguments = (shared, tokenizer, out, lock_path)
     return ProcessPoolExecutor(n, SPAWN, initializer=units.start_worker, initargs=arguments)
 
 
@@ -530,10 +583,10 @@ def is_complete(out: Path, settings: dict, tokenizer: dict) -> bool:
         return False
     manifest = read_manifest(out)
     difference = differences(
-        {**manifest["source"], "tokenizer": manifest["tokenizer"]["name"]},
-        {**settings, "tokenizer": tokenizer["name"]},
+        {**manifest["source"], "tokenizer": label_of(manifest["tokenizer"])},
+        {**settings, "tokenizer": label_of(tokenizer)},
     )
-    if not difference and manifest["tokenizer"] != tokenizer:
+    if not difference and manifest["tokenizer"]["sha256"] != tokenizer["sha256"]:
         difference = "another version of the tokenizer"
     if difference:
         raise UserError(
@@ -559,6 +612,7 @@ def delete(out: Path) -> None:
     for path in (out / PREPARING).glob("*"):
         if not path.name.startswith("lock"):
             path.unlink()
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
 
 
 def finish(plan: Plan) -> None:
@@ -570,7 +624,7 @@ def finish(plan: Plan) -> None:
     manifest = {
         "schema": SCHEMA,
         "tokenizer": plan.tokenizer,
-        "dtype": "uint16",
+        "dtype": dtype_for(plan.tokenizer["n_vocab"]),
         "source": plan.settings,
         **content,
     }
@@ -606,6 +660,12 @@ def merge(out: Path) -> None:
             f"--merge: part {parts} of {plan.parts} in {out} is not done; run it: "
             f"--part {min(missing)}/{plan.parts}"
         )
+    name, sha256 = plan.tokenizer["name"], plan.tokenizer["sha256"]
+    if name not in tokenizers.NAMES and find_copy(out, sha256) is None:
+        raise UserError(
+            f"--merge: {out / TOKENIZER} is missing or another tokenizer's; copy it from one of "
+            "the parts"
+        )
     for state in states:
         for writer in state["writers"].values():
             for shard in writer["shards"]:
@@ -627,24 +687,30 @@ def prepare(args: argparse.Namespace) -> None:
     out = Path(args.out)
     settings = make_settings(args)
     k, n_parts = parse_part(args.part)
-    tokenizer = tokenizers.describe(args.tokenizer)
+    tokens = None  # of a file: gpt2 and bytes are known without being opened
+    if args.tokenizer not in tokenizers.NAMES or args.eot is not None:
+        tokens = tokenizers.load(args.tokenizer, args.eot)
+    file = tokens.file if tokens else None
+    tokenizer = tokenizers.entry_of(tokens) if tokens else tokenizers.describe(args.tokenizer)
     if not args.overwrite and is_complete(out, settings, tokenizer):
         return
     all_units = make_units(settings)
     own_units = all_units[k - 1 :: n_parts]
     segments = [segment for unit in own_units for segment in unit]
     size = total_size(segments)
+    print(fast.describe(tokenizer, file))
     rates = None
-    # Compressed text grows at most tenfold, and has hardly more than one token (2 bytes) per byte.
-    if size and (args.dry_run or 30 * size > free_space(out)):
-        rates = estimate(settings, segments, tokenizers.load(args.tokenizer))
+    # Compressed text grows at most tenfold, and has hardly more than one token per byte.
+    itemsize = np.dtype(dtype_for(tokenizer["n_vocab"])).itemsize
+    if size and (args.dry_run or 15 * itemsize * size > free_space(out)):
+        rates = estimate(settings, segments, fast.make_encoder(tokenizer, file).encode)
     elif segments and settings["source"] == "files":
         # Fail at a wrong --schema or file before a plan is written that remembers it.
         next(sources.read(settings, segments[0]), None)
     if args.dry_run:
-        print_plan(own_units, rates, args.workers)
+        print_plan(own_units, rates, args.workers, itemsize)
         return
-    rate = 2 * rates[1] if rates else 0.0
+    rate = itemsize * rates[1] if rates else 0.0
     try:
         (out / PREPARING).mkdir(parents=True, exist_ok=True)
         name = f"lock_{k}" if args.part else "lock"
@@ -657,6 +723,8 @@ def prepare(args: argparse.Namespace) -> None:
                 shutil.rmtree(out / PREPARING)
                 return
             plan = open_plan(out, settings, tokenizer, n_parts, all_units)
+            if tokens:
+                tokenizers.copy_to(out, tokens)
             write(plan, k, args, rate)
     except OSError as error:
         if error.errno in files.NO_ROOM:
@@ -671,7 +739,8 @@ def write(plan: Plan, k: int, args: argparse.Namespace, rate: float) -> None:
     left = plan.size_left(plan.part(k))
     if args.max_tokens_per_domain:
         # Validation data, which has no limit, is checked while it is written.
-        most = 2 * args.max_tokens_per_domain * len(plan.trained)
+        itemsize = np.dtype(dtype_for(plan.tokenizer["n_vocab"])).itemsize
+        most = itemsize * args.max_tokens_per_domain * len(plan.trained)
         left = min(left, most / max(rate, 1e-9))
     check_disk(plan.out, left * rate * 0.9)
     prepare_part(plan, k, args, rate)

@@ -25,7 +25,9 @@ SET_NAMES = {
     "RedPajamaWikipedia": "wikipedia",
 }
 DOMAINS = tuple(SET_NAMES.values())
+DTYPES = {"uint16": 2**16, "uint32": 2**32}  # type of a shard's ids -> how many it can tell apart
 PREPARING = "preparing"  # the folder, beside the domains', of an unfinished preparation
+TOKENIZER = "tokenizer"  # the folder of a tokenizer that is a file
 
 # The keys that must be in a manifest and in its parts, and the types of their values.
 MANIFEST_FORM = {"tokenizer": dict, "source": dict, "domains": dict}
@@ -40,9 +42,14 @@ SHARD_FORM = {
 }
 
 
+def dtype_for(n_vocab: int) -> str:
+    """The smallest of DTYPES that holds all ids below n_vocab."""
+    return next(name for name, n_ids in DTYPES.items() if n_vocab <= n_ids)
+
+
 def find_name_defect(domain: str) -> str | None:
     """Why no domain may have this name, which is that of a folder in the data folder; else None."""
-    if domain == PREPARING:
+    if domain in (PREPARING, TOKENIZER):
         return "the preparation keeps its own files in a folder of that name"
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,99}", domain):
         return "it names a folder: 1 to 100 small letters, digits, - and _, first a letter or digit"
@@ -107,8 +114,11 @@ def find_defect(manifest: dict) -> str | None:
     defect = find_wrong_key("the tokenizer", tokenizer, TOKENIZER_FORM)
     if defect:
         return defect
-    if not 0 <= tokenizer["eot_token"] < tokenizer["n_vocab"] <= 2**16:  # ids are uint16
-        return f"n_vocab {tokenizer['n_vocab']}, eot_token {tokenizer['eot_token']}"
+    dtype = manifest.get("dtype", "uint16")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {dtype!r:.60}"
+    if not 0 <= tokenizer["eot_token"] < tokenizer["n_vocab"] <= DTYPES[dtype]:
+        return f"n_vocab {tokenizer['n_vocab']}, eot_token {tokenizer['eot_token']}, dtype {dtype}"
     if not manifest["domains"]:
         return "no domains"
     for domain, splits in manifest["domains"].items():

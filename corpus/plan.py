@@ -23,11 +23,13 @@ from corpus.documents import (
     SPLIT_HELP,
     Schema,
     Segment,
+    dataset_of,
     file_segments,
     find_files,
     hub_segments,
 )
 from corpus.manifest import DOMAINS, PREPARING
+from corpus.tokenizer import NAMES
 
 MAX_UNITS = 256  # of a small corpus; a large one has units of MAX_UNIT bytes
 MIN_UNIT, MAX_UNIT = 4 << 20, 512 << 20  # bytes on disk
@@ -163,7 +165,7 @@ def make_units(settings: dict) -> list[list[Segment]]:
         return [[Segment("sample", "sample", 0, None, 0)]]
     if settings["source"] == "hub":
         names = [name for name in splits.values() if name != HASH]
-        segments = hub_segments(settings["dataset"], settings["revision"], names)
+        segments = hub_segments(dataset_of(settings), names)
         most = math.ceil(len(segments) / MAX_UNITS)
         return group_segments(segments, [1] * len(segments), most)
     all_files = find_files(settings["input"], Schema(*settings["schema"]))
@@ -231,8 +233,8 @@ def open_plan(
         create_once(path, json.dumps(plan))
     plan = read_json(path)
     difference = differences(
-        {**plan["source"], "tokenizer": plan["tokenizer"]["name"], "parts": plan["parts"]},
-        {**settings, "tokenizer": tokenizer["name"], "parts": parts},
+        {**plan["source"], "tokenizer": label_of(plan["tokenizer"]), "parts": plan["parts"]},
+        {**settings, "tokenizer": label_of(tokenizer), "parts": parts},
     )
     if not difference:
         changed = changed_input(plan["units"], all_units)
@@ -264,6 +266,13 @@ def create_once(path: Path, text: str) -> None:
                 os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def label_of(tokenizer: dict) -> str:
+    """A tokenizer in a message about settings. A file's is its content, wherever it lies."""
+    if tokenizer["name"] in NAMES:
+        return tokenizer["name"]
+    return f"file {tokenizer['sha256'][:16]} with end of text {tokenizer['eot_token']}"
 
 
 def changed_input(before: list[list], now: list[list]) -> str | None:

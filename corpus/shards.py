@@ -20,8 +20,17 @@ class ShardWriter:
     names sort in the order of the documents. Each is renamed into place once it is whole.
     """
 
-    def __init__(self, out: Path, domain: str, split: str, shard_tokens: int, unit: int = 0):
+    def __init__(
+        self,
+        out: Path,
+        domain: str,
+        split: str,
+        shard_tokens: int,
+        unit: int = 0,
+        dtype: str = "uint16",
+    ):
         self.out = out
+        self.dtype = np.dtype(dtype)
         self.stem = f"{domain}/{split}_{unit:05d}"
         self.shard_tokens = shard_tokens
         self.shards: list[dict] = []  # the manifest's entries of the finished shards
@@ -31,7 +40,8 @@ class ShardWriter:
         self.runs: list[tuple[int, str]] = []  # (end, kind) of its stretches of one kind
 
     def write(self, ids: np.ndarray, kind: str = "") -> None:
-        """Append a part of a document. ids: (n,) uint16; kind: the document's label, if any."""
+        """Append a part of a document. ids: (n,) of self.dtype; kind: its label, if any."""
+        assert ids.dtype == self.dtype, f"{ids.dtype} ids for shards of {self.dtype}"
         self.tokens += len(ids)
         while True:
             if self.file is None:
@@ -84,9 +94,13 @@ class ShardWriter:
         temporary = temporary_path(path)
         if path.exists():  # it was finished after the state was written: open it again
             os.replace(path, temporary)
-        if temporary.stat().st_size < HEADER_BYTES + 2 * info["tokens"]:
+        if temporary.stat().st_size < self._size(info["tokens"]):
             raise FileNotFoundError(f"{temporary} is shorter than what was written to it")
         self._open(info, [tuple(run) for run in state["runs"]])
+
+    def _size(self, tokens: int) -> int:
+        """Bytes of a shard with so many tokens."""
+        return HEADER_BYTES + self.dtype.itemsize * tokens
 
     def _open_new(self) -> None:
         number = len(self.shards)
@@ -107,15 +121,15 @@ class ShardWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = "r+b" if info["tokens"] else "w+b"
         self.file = open(path, mode, buffering=BLOCK)
-        self.file.truncate(HEADER_BYTES + 2 * info["tokens"])
-        self.file.write(npy_header(0))  # _finish writes the number of tokens
+        self.file.truncate(self._size(info["tokens"]))
+        self.file.write(npy_header(0, self.dtype))  # _finish writes the number of tokens
         self.file.seek(0, os.SEEK_END)
 
     def _finish(self) -> None:
         """Complete the open shard's header, hash it and rename it into place."""
         file = self.file
         file.seek(0)
-        file.write(npy_header(self.info["tokens"]))
+        file.write(npy_header(self.info["tokens"], self.dtype))
         file.seek(0)
         digest = hashlib.sha256()
         while block := file.read(BLOCK):
@@ -152,13 +166,14 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 
 
-def npy_header(n: int) -> bytes:
-    """The header of an .npy file with n uint16.
+def npy_header(n: int, dtype: str | np.dtype = "uint16") -> bytes:
+    """The header of an .npy file with n tokens.
 
-    NumPy pads it, so its length does not depend on n.
+    NumPy pads it, so its length depends neither on n nor on the type.
     """
     header = io.BytesIO()
-    form = {"descr": "<u2", "fortran_order": False, "shape": (n,)}
+    descr = np.dtype(dtype).newbyteorder("<").str
+    form = {"descr": descr, "fortran_order": False, "shape": (n,)}
     np.lib.format.write_array_header_1_0(header, form)
     return header.getvalue()
 

@@ -1,4 +1,5 @@
-"""Text to token ids: `gpt2` (tiktoken's BPE, works offline) and `bytes` (257 symbols, for a CPU).
+"""Text to token ids: `gpt2` (tiktoken's BPE, works offline), `bytes` (257 symbols, for a CPU), or
+any tokenizer.json of Hugging Face's.
 
 tokenizer = load("gpt2"); ids = tokenizer.encode_to_numpy("text")  # uint16, no end-of-text added
 """
@@ -16,7 +17,8 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from cli import UserError
+from cli import UserError, nearest
+from corpus.hf_tokenizer import TokenizerFile, find_copy, write_copy
 
 # The hashes that tiktoken itself checks after its download.
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -36,53 +38,96 @@ END_OF_TEXT = "<|endoftext|>"
 PIECES = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}")  # the engine's \s, without \x1c to \x1f
 
+# Between a character that is not whitespace and a space or line feed: no match of GPT-2's pattern
+# reaches across such a place, and none looks further than the whitespace after it.
+GPT2_CUT = r"\S(?=[ \n])"
+
 # A text that different tokenizers encode differently.
 PROBE = "Naïve readers: 3,141 words, don't panic!\n\n    def f(x):\treturn x**2  # 日本語"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Ids are below n_vocab <= 65536. sha256: of the bytes of all tokens, in order of their ids."""
+    """sha256: of tokenizer.json; for ours, of the bytes of all tokens, in order of their ids."""
 
     name: str
     n_vocab: int
     eot_token: int
     sha256: str
-    # text -> (n,) uint16; special tokens in the text are encoded as plain text
+    # text -> (n,) uint16, or uint32 if n_vocab is above 65,536; special tokens in the text are
+    # encoded as plain text
     encode_to_numpy: Callable[[str], np.ndarray]
     decode: Callable[[Sequence[int]], str]
     token_bytes: Callable[[int], bytes]  # the bytes of one id
+    adds_up: bool = True  # whether the bytes of a text's tokens are those of the text
+    cut: str | None = GPT2_CUT  # where a large text may be cut, as a pattern; None: nowhere
+    file: TokenizerFile | None = None
 
 
-def load(name: str) -> Tokenizer:
-    """The tokenizer called `name`; UserError for an unknown name or a damaged vocabulary."""
+def load(name: str, eot: str | None = None) -> Tokenizer:
+    """The tokenizer called `name`, or that of a tokenizer.json or its folder.
+
+    UserError for an unknown name or a damaged vocabulary. eot: the token that ends a text, where
+    the files do not say it.
+    """
+    if name in NAMES and eot is not None:
+        raise UserError(f"--eot {eot}: tokenizer {name} has an end of text; leave out --eot")
     if name == "gpt2":
         return load_gpt2()
     if name == "bytes":
         return load_bytes()
-    raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(NAMES)}")
+    if not Path(name).exists():
+        raise UserError(
+            f"--tokenizer {name}: unknown tokenizer {name!r}{nearest(name, NAMES)}; known: "
+            f"{', '.join(NAMES)}, and any tokenizer.json of Hugging Face's, as a path to it or to "
+            "its folder"
+        )
+    return load_file(TokenizerFile(name, eot))
 
 
 def describe(name: str) -> dict:
-    """The tokenizer's entry in a manifest."""
+    """The entry in a manifest of one of NAMES."""
     n_vocab, eot_token, sha256 = FACTS[name]
     return {"name": name, "sha256": sha256, "n_vocab": n_vocab, "eot_token": eot_token}
 
 
-def find(sha256: str | None) -> Tokenizer:
-    """The tokenizer with the hash in a run's state.json; UserError if it is none of ours."""
+def entry_of(tokens: Tokenizer) -> dict:
+    """A tokenizer's entry in a manifest."""
+    keys = ("name", "sha256", "n_vocab", "eot_token")
+    return {key: getattr(tokens, key) for key in keys}
+
+
+def find(sha256: str | None, *folders: str | Path | None) -> Tokenizer:
+    """The tokenizer with the hash in a run's state.json or a manifest.
+
+    folders: the run and data folders that may keep a copy of it. UserError if it is not found.
+    """
     for name in NAMES:
-        if describe(name)["sha256"] == sha256:
+        if FACTS[name][2] == sha256:
             return load(name)
+    given = [Path(folder) for folder in folders if folder]
+    for folder in given:
+        copy = find_copy(folder, str(sha256))
+        if copy:
+            return load_file(copy)
+    where = f", and there is no copy of it in {', '.join(map(str, given))}" if given else ""
     raise UserError(
-        f"the model was trained with a tokenizer that is none of {', '.join(NAMES)}; "
+        f"the model was trained with a tokenizer that is none of {', '.join(NAMES)}{where}; "
         "it cannot read text"
     )
 
 
-def byte_lengths(sha256: str) -> np.ndarray:
+def copy_to(folder: Path, tokens: Tokenizer) -> None:
+    """Keep a copy of a tokenizer that is a file in a data or run folder."""
+    if tokens.file:
+        write_copy(folder, tokens.file.content, tokens.file.eot)
+
+
+def byte_lengths(sha256: str, *folders: str | Path | None) -> np.ndarray:
     """(n_vocab,) bytes of text of each id; 0 for end-of-text. UserError as in `find`."""
-    tokens = find(sha256)
+    tokens = find(sha256, *folders)
+    if tokens.file:
+        return tokens.file.byte_lengths()
     lengths = np.array([len(tokens.token_bytes(i)) for i in range(tokens.n_vocab)])
     lengths[tokens.eot_token] = 0
     return lengths
@@ -202,7 +247,25 @@ def load_bytes() -> Tokenizer:
     )
 
 
-# Hugging Face
+# A file
+
+
+def load_file(file: TokenizerFile) -> Tokenizer:
+    return Tokenizer(
+        name=f"{file.path.resolve().parent.name}/{file.path.name}",
+        n_vocab=file.n_vocab,
+        eot_token=file.eot_token,
+        sha256=file.sha256,
+        encode_to_numpy=file.encode,
+        decode=file.decode,
+        token_bytes=lambda i: file.tokens[i],
+        adds_up=file.adds_up,
+        cut=file.cut(),
+        file=file,
+    )
+
+
+# Hugging Face's models
 
 # Any of these in a folder means that it is to have a tokenizer.
 HF_FILES = (
@@ -222,8 +285,8 @@ def has_rows_for(n_vocab: int, n_rows: int) -> bool:
     return n_vocab <= n_rows <= 64 * math.ceil(n_vocab / 64)
 
 
-def matches_hf_tokenizer(name: str, model: str) -> bool:
-    """Whether our tokenizer gives the same ids as the one of a Hugging Face model (name or folder).
+def matches_hf_tokenizer(ours: Tokenizer, model: str) -> bool:
+    """Whether a tokenizer gives the same ids as the one of a Hugging Face model (name or folder).
 
     True also for a model without a tokenizer: nothing is known against it. UserError for one whose
     tokenizer does not open.
@@ -244,7 +307,7 @@ def matches_hf_tokenizer(name: str, model: str) -> bool:
         if folder.is_dir():  # transformers makes an empty one where the vocabulary is missing
             raise damaged_hf_tokenizer(model, "it gives a text no tokens")
         return True
-    return theirs == load(name).encode_to_numpy(PROBE).tolist()
+    return theirs == ours.encode_to_numpy(PROBE).tolist()
 
 
 def damaged_hf_tokenizer(model: str, reason: str) -> UserError:

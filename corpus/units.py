@@ -20,9 +20,9 @@ import numpy as np
 
 import files
 from cli import UserError
-from corpus import tokenizer as tokenizers
+from corpus import fast
 from corpus.documents import BadRecord, Document, Segment, Text, place, read, to_document
-from corpus.manifest import in_order
+from corpus.manifest import dtype_for, in_order
 from corpus.plan import Plan, shard_files
 from corpus.shards import ShardWriter
 
@@ -71,18 +71,20 @@ class Shared:
 
 # Of this worker; set by start_worker.
 _shared: Shared
-_tokenizer: tokenizers.Tokenizer
+_encoder: fast.Encoder
 _lock: IO
 
 
-def start_worker(shared: Shared, tokenizer: str, lock_path: Path | None) -> None:
+def start_worker(shared: Shared, tokenizer: dict | None, out: Path, lock_path: Path | None) -> None:
     """Called once in each worker.
 
+    tokenizer: the manifest's entry; None where nothing is tokenized.
     lock_path: the file that a worker process locks while it lives; None for a thread.
     """
-    global _shared, _tokenizer, _lock
+    global _shared, _encoder, _lock
     _shared = shared
-    _tokenizer = tokenizers.load(tokenizer)
+    if tokenizer:
+        _encoder = fast.make_encoder(tokenizer, fast.file_of(tokenizer, out))
     if lock_path:
         threading.Thread(target=end_with_parent, daemon=True).start()
         _lock = files.lock(lock_path, "another preparation starts", shared=True, wait=30)
@@ -159,11 +161,13 @@ class UnitWork:
         reported = 0  # bytes of the segment that the parent knows of
         texts = tokens = 0  # not reported yet
         reported_at = time.monotonic()
-        for position, document in documents_of(self.plan, segment, self.skip_bad):
+        for position, number, document in documents_of(self.plan, segment, self.skip_bad):
             if self.limit and self.closed.issuperset(self.plan.trained):
                 break  # nothing that follows is wanted
             self.state["items"] += 1
             if document:
+                if self.is_checked():
+                    self.compare(document, segment, number)
                 n_bytes, n_tokens = self.add(document)
                 texts += n_bytes
                 tokens += n_tokens
@@ -194,7 +198,7 @@ class UnitWork:
         if key not in self.writers:
             self.writers[key] = make_writer(self.plan, self.unit, key)
         writer = self.writers[key]
-        pieces = encode(_tokenizer.encode_to_numpy, document.text, _tokenizer.eot_token)
+        pieces = encode(_encoder, document.text, self.plan.tokenizer["eot_token"])
         if self.limit and document.split == "train":
             pieces = list(pieces)
             n_tokens = self.taken.get(domain, 0) + writer.tokens
@@ -208,6 +212,26 @@ class UnitWork:
         n_bytes = len(document.utf8)
         writer.end_document(n_bytes)
         return n_bytes, writer.tokens - before
+
+    def is_checked(self) -> bool:
+        """Whether the record is the one in CHECK_EVERY that the reference encodes as well."""
+        # In each unit another number, so that units of a few documents have their share.
+        return (617 * self.unit + self.state["items"]) % fast.CHECK_EVERY == 0
+
+    def compare(self, document: Document, segment: Segment, number: int) -> None:
+        """UserError if the reference gives a document other tokens."""
+        if not _encoder.reference:
+            return
+        text = document.text
+        if not isinstance(text, str):
+            text = next_piece(text, 0, _encoder.cut)
+        ours, theirs = _encoder.encode(text), _encoder.reference()(text)
+        if not np.array_equal(ours, theirs):
+            raise UserError(
+                f"{place(self.plan.settings, segment, number)}: {_encoder.about}, and the tokens "
+                f"differ from number {fast.first_difference(ours, theirs)} on; report this "
+                "document, and prepare the data without it: pip uninstall fastokens, --overwrite"
+            )
 
     def skip_bad(self, where: str, reason: str) -> None:
         """Leave out a record; UserError if too many were left out."""
@@ -240,14 +264,16 @@ def make_writer(plan: Plan, unit: int, key: str) -> ShardWriter:
     """A new writer for "DOMAIN/SPLIT"."""
     domain, split = key.split("/")
     shard_tokens = plan.settings["shard_tokens"]
-    return ShardWriter(plan.out, domain, split, shard_tokens, unit)
+    dtype = dtype_for(plan.tokenizer["n_vocab"])
+    return ShardWriter(plan.out, domain, split, shard_tokens, unit, dtype)
 
 
 def documents_of(
     plan: Plan, segment: Segment, on_bad: Callable[[str, str], None]
-) -> Iterator[tuple[int, Document | None]]:
-    """(bytes read so far, document) for each record of a segment; None for one that is not wanted.
+) -> Iterator[tuple[int, int, Document | None]]:
+    """(bytes read so far, number, document) for each record of a segment.
 
+    The document is None where it is not wanted. number: that of `read`.
     on_bad: called with place and reason for each record that is not a document.
     """
     for position, number, item in read(plan.settings, segment):
@@ -259,36 +285,33 @@ def documents_of(
         if document and not plan.wants(document.domain, document.split):
             document = None
         item = None  # a large document must be gone before the next is read
-        yield position, document
+        yield position, number, document
         document = None
 
 
-def encode(
-    encode_to_numpy: Callable[[str], np.ndarray], text: Text, eot: int
-) -> Iterator[np.ndarray]:
-    """A document's tokens # (n,) uint16, then end-of-text; those of a large one in pieces."""
+def encode(encoder: fast.Encoder, text: Text, eot: int) -> Iterator[np.ndarray]:
+    """A document's tokens # (n,), then end-of-text; those of a large one in pieces."""
     if isinstance(text, str):
-        ids = encode_to_numpy(text)
-        whole = np.empty(len(ids) + 1, dtype=np.uint16)  # np.append takes three times as long
+        ids = encoder.encode(text)
+        whole = np.empty(len(ids) + 1, dtype=ids.dtype)  # np.append takes three times as long
         whole[:-1] = ids
         whole[-1] = eot
         yield whole
         return
     start = 0
     while start < len(text):
-        piece = next_piece(text, start)
-        yield encode_to_numpy(piece)
+        piece = next_piece(text, start, encoder.cut)
+        yield encoder.encode(piece)
         start += len(piece.encode())
-    yield np.array([eot], dtype=np.uint16)
+    yield np.array([eot], dtype=encoder.encode("").dtype)
 
 
-def next_piece(text: memoryview, start: int) -> str:
+def next_piece(text: memoryview, start: int, cut: str | None) -> str:
     """About PIECE bytes of a large UTF-8 text, cut so that the pieces have the whole text's tokens.
 
-    It ends between a character that is not whitespace and a space or line feed: no match of GPT-2's
-    pattern reaches across such a place, and none looks further than the whitespace after it.
+    cut: a pattern of the places where it may be cut; None: nowhere.
     """
-    size = PIECE
+    size = PIECE if cut else len(text)
     while True:
         stop = min(start + size, len(text))
         while stop < len(text) and text[stop] & 0xC0 == 0x80:  # inside a character
@@ -297,7 +320,7 @@ def next_piece(text: memoryview, start: int) -> str:
         if stop == len(text):
             return piece
         tail = piece[-4096:]
-        cuts = [match.end() for match in re.finditer(r"\S(?=[ \n])", tail)]
+        cuts = [match.end() for match in re.finditer(cut, tail)]
         if cuts:
             return piece[: len(piece) - len(tail) + cuts[-1]]
         size *= 2  # no such place near the end: try further on
@@ -318,7 +341,7 @@ def write_hashes(out: Path, unit: int) -> None:
     rows = []
     number = 0
     for segment in plan.units[unit]:
-        for _, document in documents_of(plan, segment, ignore_bad):
+        for _, _, document in documents_of(plan, segment, ignore_bad):
             number += 1
             if document:
                 digest = hashlib.blake2b(document.utf8, digest_size=16).digest()

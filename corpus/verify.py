@@ -12,20 +12,21 @@ from corpus import tokenizer as tokenizers
 from corpus.manifest import all_shards, kinds_path, read_manifest
 from corpus.shards import BLOCK, HEADER_BYTES, npy_header
 
-N_IDS = 2**16  # of uint16
-
 
 def verify(folder: Path, workers: int) -> None:
     """Compare every shard with the manifest; UserError after a line for each that differs."""
     manifest = read_manifest(folder)
     domains = manifest["domains"]
-    tokenizer = tokenizers.load(manifest["tokenizer"]["name"])
-    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{folder} was made with another version of tokenizer {tokenizer.name!r}")
-    token_bytes = tokenizers.byte_lengths(tokenizer.sha256)
+    entry = manifest["tokenizer"]
+    if entry["name"] in tokenizers.NAMES:
+        if tokenizers.describe(entry["name"])["sha256"] != entry["sha256"]:
+            raise UserError(f"{folder} was made with another version of tokenizer {entry['name']}")
+    tokenizer = tokenizers.find(entry["sha256"], folder)
+    token_bytes = tokenizers.byte_lengths(entry["sha256"], folder)
+    dtype = manifest.get("dtype", "uint16")
     shards = list(all_shards(domains))
     size = sum(shard["file_bytes"] for shard in shards)
-    check = partial(verify_shard, folder, tokenizer.eot_token, token_bytes)
+    check = partial(verify_shard, folder, entry["eot_token"], token_bytes, dtype)
     problems = []
     # Threads are enough: hashing and counting release the interpreter's lock.
     with (
@@ -36,7 +37,7 @@ def verify(folder: Path, workers: int) -> None:
             bar.update(shard["file_bytes"])
             if problem:
                 problems.append(f"{folder / shard['file']} {problem}")
-    if not problems:
+    if not problems and tokenizer.adds_up:
         problems = compare_bytes(folder, domains)
     print(table(domains))
     for problem in problems:
@@ -49,7 +50,9 @@ def verify(folder: Path, workers: int) -> None:
     print(f"{folder}: {len(shards):,} shards are as the manifest says")
 
 
-def verify_shard(folder: Path, eot: int, token_bytes: np.ndarray, info: dict) -> str | None:
+def verify_shard(
+    folder: Path, eot: int, token_bytes: np.ndarray, dtype: str, info: dict
+) -> str | None:
     """What is wrong with one shard; None if nothing is.
 
     token_bytes: (n_vocab,) length of each token's text, 0 for end-of-text.
@@ -62,34 +65,38 @@ def verify_shard(folder: Path, eot: int, token_bytes: np.ndarray, info: dict) ->
     size = path.stat().st_size
     if size != info["file_bytes"]:
         return f"has {size:,} bytes, the manifest says {info['file_bytes']:,}"
+    n_vocab = len(token_bytes)
     try:
-        header, counts, sha256 = read_shard(path)
+        header, counts, sha256 = read_shard(path, dtype, n_vocab)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    n_vocab = len(token_bytes)
-    unknown = np.flatnonzero(counts[n_vocab:])
     if sha256 != info["sha256"]:
         return "has another sha256 than the manifest says"
-    if header != npy_header(info["tokens"]) or counts.sum() != info["tokens"]:
+    if header != npy_header(info["tokens"], dtype) or counts.sum() != info["tokens"]:
         return f"holds {counts.sum():,} tokens, the manifest says {info['tokens']:,}"
-    if len(unknown):
-        return f"holds token {n_vocab + unknown[0]}, the tokenizer has {n_vocab:,}"
+    if counts[n_vocab]:
+        return f"holds {counts[n_vocab]:,} ids that the tokenizer, of {n_vocab:,}, does not have"
     if counts[eot] != info["documents"]:
         return f"holds {counts[eot]:,} ends of documents, the manifest says {info['documents']:,}"
     info["counted_bytes"] = int(counts[:n_vocab] @ token_bytes)
     return verify_kinds(path, info) if "kinds" in info else None
 
 
-def read_shard(path: Path) -> tuple[bytes, np.ndarray, str]:
-    """(header, how often each id occurs # (65536,), sha256) of a shard."""
-    counts = np.zeros(N_IDS, dtype=np.int64)
+def read_shard(path: Path, dtype: str, n_vocab: int) -> tuple[bytes, np.ndarray, str]:
+    """(header, how often each id occurs # (n_vocab + 1,), sha256) of a shard.
+
+    The last count is that of all ids that are too large.
+    """
+    counts = np.zeros(n_vocab + 1, dtype=np.int64)
+    little_endian = np.dtype(dtype).newbyteorder("<")
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         digest = hashlib.sha256(header)
         while block := file.read(BLOCK):
             digest.update(block)
-            ids = np.frombuffer(block, "<u2")
-            counts += np.bincount(ids, minlength=N_IDS)
+            whole = len(block) - len(block) % little_endian.itemsize
+            ids = np.frombuffer(block[:whole], little_endian).astype(np.intp)
+            counts += np.bincount(np.minimum(ids, n_vocab), minlength=n_vocab + 1)
     return header, counts, digest.hexdigest()
 
 

@@ -51,7 +51,7 @@ def open_data(
             f"{data_dir} does not hold the samples of {args.run}; give the --data_dir it was "
             "trained on"
         )
-    return split, tokenizer.load(manifest["tokenizer"]["name"]).decode
+    return split, tokenizer.find(manifest["tokenizer"]["sha256"], data_dir).decode
 
 
 def describe(

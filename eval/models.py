@@ -3,6 +3,8 @@
 import hashlib
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +12,12 @@ import torch
 
 from cli import UserError
 from corpus import tokenizer
+from corpus.manifest import read_manifest
 from families import from_pretrained
 from model import LanguageModel
 from recipe import DTYPES
 from runtime import checkpoint
+from runtime.memory import CHUNK
 
 
 class Evaluated(NamedTuple):
@@ -66,7 +70,11 @@ def open_model(args: Namespace) -> Evaluated:
 
     Sets the precision of matrix products in float32.
     """
-    evaluated = open_hf(args.hf, args.dtype) if args.hf else open_run(args.run, args.dtype)
+    if args.hf:
+        evaluated = open_hf(args.hf, args.dtype, getattr(args, "data_dir", None))
+    else:
+        evaluated = open_run(args.run, args.dtype)
+    evaluated.model.loss_chunk = CHUNK  # all logits of 32 x 1,024 tokens would take 20 GB
     is_tf32 = evaluated.about["dtype"] == "tf32"
     torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
     return evaluated
@@ -74,7 +82,7 @@ def open_model(args: Namespace) -> Evaluated:
 
 def open_run(run: str, dtype: str | None) -> Evaluated:
     """The newest checkpoint of a run, or the checkpoint that is given."""
-    _, folder = find_run(run)
+    run_dir, folder = find_run(run)
     path = folder / "state.json"
     state = checkpoint.read_json(path)
     expected = ("step", "gpt", "identity", "data_dir", "tokenizer_sha256")
@@ -85,7 +93,7 @@ def open_run(run: str, dtype: str | None) -> Evaluated:
             "evaluate it with that one (git_commit in the run's config.json)"
         )
     of_run = state["identity"]["dtype"] if torch.cuda.is_available() else "float32"
-    tokens = tokenizer.find(state["tokenizer_sha256"])
+    tokens = tokenizer.find(state["tokenizer_sha256"], run_dir, state["data_dir"])
     about = {
         "step": state["step"],
         "model_sha256": state.get("sha256", {}).get("model.pt"),  # older checkpoints have none
@@ -94,13 +102,13 @@ def open_run(run: str, dtype: str | None) -> Evaluated:
     return Evaluated(checkpoint.load_model(folder), tokens, about, state["data_dir"])
 
 
-def open_hf(name: str, dtype: str | None) -> Evaluated:
-    """A Hugging Face model whose tokenizer is one of ours."""
+def open_hf(name: str, dtype: str | None, data_dir: str | None = None) -> Evaluated:
+    """A Hugging Face model whose tokenizer is one of ours, the data's, or a file in its folder."""
     model = from_pretrained(name)
     n_rows = model.config.vocab_size
-    for tokens in map(tokenizer.load, tokenizer.NAMES):
+    for tokens in candidates(name, data_dir):
         fits = tokenizer.has_rows_for(tokens.n_vocab, n_rows)
-        if fits and tokenizer.matches_hf_tokenizer(tokens.name, name):
+        if fits and tokenizer.matches_hf_tokenizer(tokens, name):
             about = {
                 "hf": name,
                 "model_sha256": hash_of_parameters(model),
@@ -111,6 +119,16 @@ def open_hf(name: str, dtype: str | None) -> Evaluated:
         f"--hf {name} has a vocabulary of {n_rows} rows and a tokenizer that is none of "
         f"{', '.join(tokenizer.NAMES)}; evaluate it with the harness itself: lm_eval --model hf"
     )
+
+
+def candidates(name: str, data_dir: str | None) -> Iterator[tokenizer.Tokenizer]:
+    """The tokenizers that a Hugging Face model may have."""
+    yield from map(tokenizer.load, tokenizer.NAMES)
+    if data_dir:
+        yield tokenizer.find(read_manifest(data_dir)["tokenizer"]["sha256"], data_dir)
+    elif (Path(name) / "tokenizer.json").is_file():
+        with suppress(UserError):  # one that does not say how a text ends
+            yield tokenizer.load(name)
 
 
 def hash_of_parameters(model: LanguageModel) -> str:

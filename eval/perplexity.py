@@ -69,7 +69,7 @@ class Shifted:
         self.split = split
 
     def window(self, domain: int, start: int) -> np.ndarray:
-        """(T + 1,) uint16; `start` is at most the first token of its shard's last window."""
+        """(T + 1,) token ids; `start` is at most the first token of its shard's last window."""
         index, offset = divmod(start, self.split.block_size)
         tokens = self.split.window(domain, index)
         if not offset:
@@ -554,9 +554,10 @@ def open_split(args: Namespace, evaluated: models.Evaluated) -> data.Split:
     data_dir = args.data_dir or evaluated.data_dir
     manifest = read_manifest(data_dir)
     tokens, context = evaluated.tokens, evaluated.model.config.block_size
-    if manifest["tokenizer"]["sha256"] != tokens.sha256:
+    entry = manifest["tokenizer"]
+    if entry["sha256"] != tokens.sha256:
         raise UserError(
-            f"{data_dir} has tokenizer {manifest['tokenizer']['name']}, the model {tokens.name}; "
+            f"{data_dir} has tokenizer {entry['name']}, the model {tokens.name}; "
             f"give data prepared with --tokenizer {tokens.name}"
         )
     T = args.block_size or context

@@ -80,8 +80,9 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    _, folder = find_run(args.run)
-    tokens = tokenizer.find(checkpoint.read_json(folder / "state.json").get("tokenizer_sha256"))
+    run_dir, folder = find_run(args.run)
+    state = checkpoint.read_json(folder / "state.json")
+    tokens = tokenizer.find(state.get("tokenizer_sha256"), run_dir, state.get("data_dir"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.load_model(folder).to(device).eval()
     prompt = tokens.encode_to_numpy(args.prompt).tolist() or [tokens.eot_token]

@@ -178,10 +178,12 @@ def data_dir(config: TrainConfig) -> Iterator[Line]:
     }
     yield "ok", "data_dir", f"{config.data_dir}, fingerprint {data_hash(manifest)}"
     name, sha256 = manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
-    if name in tokenizer.NAMES and tokenizer.load(name).sha256 == sha256:
+    try:
+        tokenizer.find(sha256, config.data_dir)
         yield "ok", "its tokenizer", f"{name}, {sha256[:16]}"
-    else:
-        yield "warning", "its tokenizer", f"{name}, {sha256[:16]}, none of the tokenizers here"
+    except UserError:
+        text = f"{name}, {sha256[:16]}, none of the tokenizers here, and no copy in data_dir"
+        yield "warning", "its tokenizer", text
     for split_name, split in splits.items():
         counts = ", ".join(f"{domain} {n:,}" for domain, n in split.tokens.items())
         yield "ok" if counts else "wrong", f"{split_name} tokens", counts or "none"

@@ -27,7 +27,7 @@ def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) ->
     if not config.init_from:
         return shape
     source = str(resumed or config.init_from)
-    source_shape = read_shape(source, manifest["tokenizer"])
+    source_shape = read_shape(source, manifest["tokenizer"], config.data_dir)
     wanted = SIZES.get(config.model)
     if wanted and describe(wanted) != describe(source_shape):
         raise UserError(
@@ -42,7 +42,7 @@ def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) ->
     return replace(source_shape, block_size=shape.block_size, dropout=shape.dropout)
 
 
-def read_shape(source: str, data_tokenizer: dict) -> Shape:
+def read_shape(source: str, data_tokenizer: dict, data_dir: str) -> Shape:
     """The shape of the model at `source`; UserError if its tokenizer is not the data's.
 
     data_tokenizer: the manifest's entry.
@@ -55,7 +55,9 @@ def read_shape(source: str, data_tokenizer: dict) -> Shape:
     else:
         shape = shape_from(hf.read_shape(source, *FAMILIES))
         fits = tokenizer.has_rows_for(data_tokenizer["n_vocab"], shape.vocab_size)
-        fits = fits and tokenizer.matches_hf_tokenizer(name, source)
+        if fits:
+            tokens = tokenizer.find(data_tokenizer["sha256"], data_dir)
+            fits = tokenizer.matches_hf_tokenizer(tokens, source)
     if not fits:
         raise UserError(
             f"--init_from {source} (vocabulary {shape.vocab_size}) has another tokenizer than the "

@@ -179,7 +179,9 @@ def what_weights_see(
     """The last two arguments of a Trainer: bytes of each token, and the reference."""
     byte_lengths = None
     if config.reweight_unit == "byte":
-        byte_lengths = torch.from_numpy(tokenizer.byte_lengths(data.train.tokenizer_sha256))
+        byte_lengths = torch.from_numpy(
+            tokenizer.byte_lengths(data.train.tokenizer_sha256, config.data_dir)
+        )
     return byte_lengths, load(config, data, device)
 
 

@@ -21,6 +21,7 @@ import torch
 
 import files
 from cli import UserError
+from corpus.hf_tokenizer import pass_copy_on
 from recipe import lr_at, r_at
 from runtime import checkpoint, distributed
 from runtime.metrics import Metrics, cannot_write, versions
@@ -129,6 +130,7 @@ class Run:
         config = self.config
         if distributed.ranks().rank == 0:
             world_size = distributed.ranks().world_size
+            self.copy_tokenizer()
             saved = {**asdict(config), "world_size": world_size, "identity": self.identity}
             self.metrics = Metrics(self.out_dir, saved, self.found.step, config.max_steps)
             self.writer = checkpoint.Writer(
@@ -137,6 +139,14 @@ class Run:
             self.lock.is_in_use = self.writer.is_writing
             self.stop.parts = [self.writer, self.metrics, telemetry]
         self.logged_time = time.perf_counter()
+
+    def copy_tokenizer(self) -> None:
+        """Keep a copy of a tokenizer that is a file, so that evaluation needs no data folder."""
+        sha256 = self.data.manifest["tokenizer"]["sha256"]
+        try:
+            pass_copy_on(Path(self.config.data_dir), self.out_dir, sha256)
+        except OSError as error:
+            raise UserError(cannot_write(self.out_dir, error)) from None
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:

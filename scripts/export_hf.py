@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 import data
 from cli import Parser, UserError, run
 from corpus import tokenizer
+from corpus.hf_tokenizer import byte_characters
 from corpus.manifest import data_hash, read_manifest
 from eval.models import find_run
 from families import FAMILIES
@@ -87,12 +88,12 @@ def main() -> None:
     state = read_json(folder / "state.json")
     check_keys(args.run, "config.json", config, CONFIG_KEYS)
     check_keys(args.run, "state.json", state, STATE_KEYS)
-    tokens = tokenizer.find(state["tokenizer_sha256"])
+    tokens = tokenizer.find(state["tokenizer_sha256"], run_dir, config["data_dir"])
     to = args.to or run_dir / "hf"
 
     def write(target: Path) -> None:
         model = checkpoint.load_model(folder).to_pretrained(tokens.n_vocab, tokens.eot_token)
-        write_tokenizer(tokens.name, state["gpt"]["block_size"], target)
+        write_tokenizer(tokens, state["gpt"]["block_size"], target)
         text = card(run_dir, config, state, tokens, model.num_parameters())
         write_text(target / "README.md", text)
         model.save_pretrained(target, max_shard_size="10GB")
@@ -140,8 +141,32 @@ def write_folder(to: Path, write: Callable[[Path], None]) -> None:
 # The tokenizer
 
 
-def write_tokenizer(name: str, block_size: int, folder: Path) -> None:
-    """The files from which AutoTokenizer makes a tokenizer with the ids of tokenizer.load(name).
+def write_tokenizer(tokens: tokenizer.Tokenizer, block_size: int, folder: Path) -> None:
+    """The files from which AutoTokenizer makes a tokenizer with the same ids."""
+    if tokens.file:
+        settings = write_file(tokens.file, folder)
+    else:
+        settings = write_byte_level(tokens.name, folder)
+    settings |= {
+        # The text "<|endoftext|>" in a document is text, as it was in training.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_file(file: tokenizer.TokenizerFile, folder: Path) -> dict:
+    """tokenizer.json without what would add tokens to a text: no document began with one.
+
+    Returns what tokenizer_config.json has to say of it.
+    """
+    (folder / "tokenizer.json").write_text(file.spec_to_run())
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": file.eot}
+
+
+def write_byte_level(name: str, folder: Path) -> dict:
+    """GPT-2's own files, and tokenizer.json; returns what tokenizer_config.json has to say.
 
     "bytes" is GPT-2's byte-level BPE without a merge: each byte stays a token, its id the byte.
     """
@@ -160,36 +185,18 @@ def write_tokenizer(name: str, block_size: int, folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([EOT])
     bpe.save(str(folder / "tokenizer.json"))
-    settings = {
+    return {
         "tokenizer_class": "GPT2Tokenizer",
         "bos_token": EOT,
         "eos_token": EOT,
         "unk_token": EOT,
         "add_prefix_space": False,
-        # The text "<|endoftext|>" in a document is text, as it was in training.
-        "split_special_tokens": True,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def byte_ids() -> dict[str, int]:
-    """The id of each byte, under the character that GPT-2 writes for it, and of EOT.
-
-    GPT-2 writes a byte as the character of that number, or as one from 256 on where that character
-    has no shape of its own.
-    """
-    ids = {}
-    hidden = []
-    for byte in range(256):
-        character = chr(byte)
-        if character.isprintable() and character != " ":
-            ids[character] = byte
-        else:
-            hidden.append(byte)
-    for i, byte in enumerate(hidden):
-        ids[chr(256 + i)] = byte
+    """The id of each byte, under the character that GPT-2 writes for it, and of EOT."""
+    ids = {character: byte for byte, character in byte_characters().items()}
     ids[EOT] = 256
     return ids
 
@@ -206,6 +213,7 @@ def card(
     _, _, title = FAMILIES[family]
     positions, padding = gpt["block_size"], gpt["vocab_size"] - tokens.n_vocab
     batch, length = config["global_batch_size"], config["block_size"]
+    end_of_text = tokens.token_bytes(tokens.eot_token).decode()
     source = config.get("init_from")
     start = f"the weights of {Path(source).name}" if source else "random weights"
     versions = [f"{name} {version}" for name, version in config.get("versions", {}).items()]
@@ -234,7 +242,7 @@ make it follow instructions or refuse them.
 
 {USE}
 Tokenizer: {tokens.name}, {tokens.n_vocab:,} tokens. Documents ended with token {tokens.eot_token},
-`{EOT}`; the tokenizer takes these characters within a text for plain text, as in training.
+`{end_of_text}`; the tokenizer takes these characters within a text for plain text, as in training.
 
 ## Training
 

@@ -86,7 +86,8 @@ class Probe:
         self.device = device
         self.optimizer = checkpoint.load_tensors(folder, "optimizer.pt")
         self.data = self.open(data_dir or state["data_dir"], state["tokenizer_sha256"])
-        lengths = tokenizer.byte_lengths(state["tokenizer_sha256"])
+        data_dir = data_dir or state["data_dir"]
+        lengths = tokenizer.byte_lengths(state["tokenizer_sha256"], data_dir)
         self.byte_lengths = torch.from_numpy(lengths)
         self.reference = None
         if ref:

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import command, expect_error, expect_ok
+from test_train import records as records_of
+from test_train import run
 
 from corpus import documents, sample
 from corpus.documents import BadRecord, Schema, to_document
@@ -393,15 +395,21 @@ def test_copies_are_told(tmp_path):
 
 @pytest.mark.parametrize("source", ["files", "hub"])
 def test_training_data_alone(tmp_path, source):
-    """As OpenWebText's and FineWeb's repositories have it; the error says how to hold out."""
+    """As OpenWebText's and FineWeb's repositories have it; the error says how to hold out, and of
+    the hub's datasets, whose splits are known, documents are held out at once.
+    """
     content = [*rows(1000), *rows(1000)]
     folder = tmp_path / "in" / "data"
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(content), folder / "train-00000-of-00001.parquet")
     given = ("--input" if source == "files" else "--dataset", tmp_path / "in")
     done = prepare(tmp_path / "out", *given, source=source, split=None)
-    words = "hold out one document in 50 of the training data by a hash of its text"
-    expect_error(done, words, "--split train=NAME,val=hash", "train")
+    if source == "files":
+        words = "hold out one document in 50 of the training data by a hash of its text"
+        expect_error(done, words, "--split train=NAME,val=hash", "train")
+    else:
+        words = "has only train: one document in 50 is for validation, by a hash of its text"
+        assert words in expect_ok(done)
     expect_ok(prepare(tmp_path / "out", *given, source=source, split="train=train,val=hash"))
     is_held_out = [
         int.from_bytes(hashlib.sha1(row["text"].encode()).digest()[:4], "big") % 50 == 0
@@ -480,6 +488,88 @@ def test_what_the_library_of_the_hub_leaves_out(tmp_path):
     name = tmp_path / "in" / "data" / "link" / "train_b.jsonl"
     assert f"1 that the library of the hub does not take ({name})" in text
     assert count(tmp_path / "out") == 4
+
+
+def fineweb(folder: Path, n: int) -> list[dict]:
+    """A dataset as FineWeb has it: parts by name, only train, no domains, many columns."""
+    records = [
+        {"text": f"page {i} has words", "url": f"https://x/{i}", "dump": "CC-MAIN-2024-10"}
+        for i in range(n)
+    ]
+    for part, some in (("data/CC-MAIN-2024-10", records), ("sample/10BT", records[: n // 2])):
+        path = folder / part / "000_00000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(some), path, row_group_size=100, compression="none")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*/*.parquet\n"
+        "- config_name: sample-10BT\n  data_files: sample/10BT/*.parquet\n---\n"
+    )
+    return records
+
+
+def test_a_dataset_of_one_domain(tmp_path):
+    """FineWeb, by the hub's name of a part and by its files: the same shards of one domain."""
+    folder = tmp_path / "FineWeb.edu"
+    fineweb(folder, 2000)
+    hub = ("--dataset", folder, "--name", "sample-10BT")
+    text = expect_ok(prepare(tmp_path / "hub", *hub, source="hub", split=None))
+    assert "names no domains: all of it is domain fineweb-edu" in text
+    manifest = read_manifest(tmp_path / "hub")
+    assert set(manifest["domains"]) == {"fineweb-edu"}
+    assert manifest["source"]["name"] == "sample-10BT"
+    assert count(tmp_path / "hub") + count(tmp_path / "hub", "val") == 1000
+    assert 8 < count(tmp_path / "hub", "val") < 35
+    schema = "text=text,constant=fineweb-edu"
+    files = ("--input", folder / "sample", "--schema", schema)
+    expect_ok(prepare(tmp_path / "files", *files, split=None))
+    assert shards(tmp_path / "files") == shards(tmp_path / "hub")
+    expect_ok(prepare(tmp_path / "all", *hub[:2], source="hub", split=None))
+    assert count(tmp_path / "all") + count(tmp_path / "all", "val") == 2000
+
+
+@pytest.mark.parametrize("source", ["files", "hub"])
+def test_other_columns_are_not_read(tmp_path, source):
+    """Their pages may be damaged."""
+    folder = tmp_path / "fineweb"
+    fineweb(folder, 2000)
+    path = folder / "data" / "CC-MAIN-2024-10" / "000_00000.parquet"
+    content = path.read_bytes()
+    metadata = pq.read_metadata(path)
+    for i in range(metadata.num_row_groups):
+        chunk = metadata.row_group(i).column(1)
+        assert chunk.path_in_schema == "url"
+        start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+        stop = start + chunk.total_compressed_size
+        content = content[:start] + b"\xff" * (stop - start) + content[stop:]
+    given = ("--input", folder / "data", "--schema", "text=text,constant=fineweb")
+    if source == "hub":
+        given = ("--dataset", folder, "--schema", "text=text,constant=fineweb")
+    path.write_bytes(content)
+    expect_ok(prepare(tmp_path / "out", *given, source=source, split="train=train,val=hash"))
+    assert count(tmp_path / "out") + count(tmp_path / "out", "val") == 2000
+
+
+def test_one_domain_from_text_to_tables(tmp_path):
+    folder, data = tmp_path / "fineweb", tmp_path / "data"
+    fineweb(folder, 4000)
+    expect_ok(prepare(data, "--dataset", folder, source="hub", split=None))
+    runs = []
+    for mixture in ("uniform", "natural"):
+        out = tmp_path / mixture
+        flags = ("--max_steps=2", "--reweight=linupper", f"--mixture={mixture}")
+        expect_ok(run(data, out, *flags))
+        expect_ok(command("eval/perplexity.py", "--run", out))
+        runs.append(out)
+    losses = [[row["loss"] for row in records_of(out, "train")] for out in runs]
+    assert losses[0] == losses[1]
+    assert set(records_of(runs[0], "train")[0]["loss_by_domain"]) == {"fineweb"}
+    assert "fineweb" in expect_ok(command("eval/tables.py", *runs))
+    expect_ok(command("eval/plots.py", *runs, "--to", tmp_path / "figures"))
+
+
+def test_name_without_the_hub(tmp_path):
+    given = ("--input", put(tmp_path / "train.jsonl"), "--name", "sample-10BT")
+    expect_error(prepare(tmp_path / "out", *given), "--name sample-10BT", "hub")
 
 
 # The forms of a record

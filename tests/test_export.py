@@ -299,7 +299,7 @@ def test_no_code_of_a_source_is_trusted(hf_gpt2, tmp_path, monkeypatch):
     for kind in (transformers.AutoTokenizer, transformers.GPT2LMHeadModel):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     with pytest.raises(UserError, match="not opened"):
-        tokenizer.matches_hf_tokenizer("bytes", str(folder))
+        tokenizer.matches_hf_tokenizer(BYTES, str(folder))
     with pytest.raises(UserError, match="not opened"):
         GPT.from_pretrained(str(folder))
     assert [options.get("trust_remote_code") for options in calls] == [False, False]

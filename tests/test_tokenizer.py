@@ -172,10 +172,10 @@ def test_rows_of_a_model_may_be_padded_to_a_multiple_of_64():
 def test_a_hugging_face_tokenizer_that_does_not_open(file, text, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.GPT2Config().save_pretrained(tmp_path)
-    assert tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))  # there is none
+    assert tokenizer.matches_hf_tokenizer(GPT2(), str(tmp_path))  # there is none
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match="its tokenizer cannot be opened") as error:
-        tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))
+        tokenizer.matches_hf_tokenizer(GPT2(), str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -187,5 +187,5 @@ def test_no_code_of_a_hugging_face_folder_runs(tmp_path):
     settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="its tokenizer cannot be opened"):
-        tokenizer.matches_hf_tokenizer("gpt2", str(tmp_path))
+        tokenizer.matches_hf_tokenizer(GPT2(), str(tmp_path))
     assert not (tmp_path / "ran").exists()

@@ -84,7 +84,7 @@ def make_backends(shape: Shape, batch_size: int, device: torch.device) -> tuple:
     model = build(replace(shape, block_size=CONTEXT, vocab_size=tokens.n_vocab))
     with tempfile.TemporaryDirectory() as folder:
         model.to_pretrained(tokens.n_vocab, tokens.eot_token).save_pretrained(folder)
-        write_tokenizer("gpt2", CONTEXT, Path(folder))
+        write_tokenizer(tokens, CONTEXT, Path(folder))
         theirs = HFLM(folder, device=str(device), dtype="float32", batch_size=batch_size)
     ours = Harness(model.to(device), tokens, batch_size)
     return ours, theirs
