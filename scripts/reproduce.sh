@@ -52,7 +52,7 @@ LAUNCH=(python)
 RUNS=runs RESULTS=results/$NAME SMOKE_FLAGS=() TASK_FLAGS=() SHOTS=()
 MADE=() SIZE_OF=() SEED_OF=() FLAGS_OF=()  # of each run: its folder, size, seed and flags
 if [ -n "${SMOKE:-}" ]; then
-  SIZES=tiny DATA=data/sample RUNS=runs/smoke RESULTS=results/smoke/$NAME
+  SIZES=tiny SMOKE_PRESET=gpt2_124m DATA=data/sample RUNS=runs/smoke RESULTS=results/smoke/$NAME
   SEEDS=${SEEDS:-42}
   TASKS=${TASKS:-where,last_words}
   STEPS=${STEPS:-120}
@@ -62,7 +62,7 @@ if [ -n "${SMOKE:-}" ]; then
   SMOKE_FLAGS+=(--checkpoint_interval $((STEPS / 2)))
   TASK_FLAGS=(--include_path tests/tasks) SHOTS=(--num_fewshot 0)
 fi
-DATA=${DATA:-data/slimpajama}
+DATA=${DATA:-data/slimpajama} DATASET=${DATASET:-DKYoon/SlimPajama-6B}
 SEEDS=${SEEDS:-42 43 44}
 TASKS=${TASKS:-}
 TASKS=${TASKS//[[:space:]]/,}  # as in SEEDS, spaces between the names will do
@@ -87,17 +87,18 @@ add() {
 
 add_one() {
   local size=$1 strategy=$2 seed=$3 label=${LABEL:-} r=0.4; shift 3
-  local preset=${SMOKE:+124m}  # a smoke run is the smallest preset, then config/tiny_cpu.py
-  preset=${preset:-$size}
-  [ -e "config/gpt2_$preset.py" ] ||
-    fail "SIZES: no config for $size; with spaces between them: $(cd config && echo gpt2_*.py)"
+  local preset=gpt2_$size
+  case $size in llama_*) preset=${size}_linupper ;; esac  # --reweight comes later and wins
+  [ -z "${SMOKE:-}" ] || preset=$SMOKE_PRESET  # and then config/tiny_cpu.py
+  [ -e "config/$preset.py" ] ||
+    fail "SIZES: no config for $size; with spaces between them: $(cd config && echo gpt2_*.py llama_*.py)"
   grep -qxF "$strategy" <<< "$KNOWN_STRATEGIES" ||
     fail "STRATEGIES: $strategy is not one of $(echo $KNOWN_STRATEGIES)"
   [[ $seed =~ ^[0-9]+$ ]] || fail "SEEDS=$SEEDS: must be numbers, such as \"42 43\""
-  local flags=("config/gpt2_$preset.py" ${PUBLISHED:+config/published.py} ${SMOKE:+config/tiny_cpu.py})
+  local flags=("config/$preset.py" ${PUBLISHED:+config/published.py} ${SMOKE:+config/tiny_cpu.py})
   flags+=(--reweight "$strategy")
   # The one published run whose temperature is not 0.4. A script's own --r comes later and wins.
-  if [ "$preset $strategy" = "124m quadratic" ]; then
+  if [ "$preset $strategy" = "gpt2_124m quadratic" ]; then
     r=1.0
     flags+=(--r "$r")
   fi
@@ -203,7 +204,7 @@ finish() {
 }
 
 check_data() {
-  local prepare="python prepare_slimpajama.py --source hub --dataset DKYoon/SlimPajama-6B"
+  local prepare="python prepare_slimpajama.py --source hub --dataset $DATASET"
   [ -f "$DATA/manifest.json" ] ||
     fail "DATA=$DATA: no manifest.json in it; once: $prepare ${REVISION:+--revision $REVISION }--out $DATA"
   [ -z "${REVISION:-}" ] || grep -q "\"revision\": \"$REVISION\"" "$DATA/manifest.json" ||

@@ -25,7 +25,7 @@ from reweight import STRATEGIES
 from runtime import checkpoint
 
 # name -> runs in its header
-REPRODUCE = {"slimpajama": 36, "c4cc": 18, "mixtures": 36, "r_sweep": 21, "figures": 12}
+REPRODUCE = {"slimpajama": 36, "c4cc": 18, "mixtures": 36, "r_sweep": 21, "figures": 12, "llama": 8}
 
 
 def reproduce(name, root=ROOT, **settings):
@@ -50,10 +50,9 @@ def test_what_a_reproduction_would_do(name):
     lines = expect_ok(reproduce(name, DRY_RUN="1", GPUS="4")).splitlines()
     trained = [line for line in lines if " train.py " in line]
     assert len(trained) == len(set(trained)) == REPRODUCE[name]
-    assert all(
-        line.startswith("torchrun --standalone --nproc_per_node 4 -- train.py config/gpt2_")
-        for line in trained
-    )
+    family = "llama_" if name == "llama" else "gpt2_"
+    start = f"torchrun --standalone --nproc_per_node 4 -- train.py config/{family}"
+    assert all(line.startswith(start) for line in trained)
     folders = [line.split("--out_dir ")[1].split()[0] for line in trained]
     assert len(set(folders)) == len(folders)
     for what in ("eval/perplexity.py", "eval/fewshot.py"):
@@ -62,6 +61,7 @@ def test_what_a_reproduction_would_do(name):
     assert table[2:] == [*folders, "--out", f"results/{name}"]
     small = expect_ok(reproduce(name, DRY_RUN="1", SMOKE="1"))
     assert 2 <= small.count("config/tiny_cpu.py") <= 8 and "data/slimpajama" not in small
+    assert "data/fineweb" not in small
     array, after = expect_ok(reproduce(name, DRY_RUN="1", SLURM="1")).splitlines()
     assert f"--array 0-{REPRODUCE[name] - 1} " in array and f"scripts/reproduce_{name}.sh" in array
     assert "--gpus-per-node 1 " in array and "--cpus-per-task 4 " in array
