@@ -85,7 +85,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu
     dtype: Literal[("auto", *DTYPES)] = "auto"  # of matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "graphs", "off"] = "auto"  # auto: on cuda; graphs: CUDA graphs
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = (
+        "ddp"  # ddp: each rank holds all (docs/memory.md)
+    )
     loss_chunk: int = -1  # rows of logits computed at once; 0: all; -1: all if they fit, else 2,048
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in backward
     timeout_s: float = 600.0  # seconds a rank waits for the others; a warning comes after 1/20
@@ -181,10 +183,10 @@ def check_combinations(config: TrainConfig) -> None:
             f"--skip_grad_norm {config.skip_grad_norm}: must be above 1 (the median), "
             "or 0 to skip none"
         )
-    if config.optimizer == "muon" and config.parallel == "fsdp":
+    if config.optimizer == "muon" and config.parallel != "ddp":
         raise UserError(
-            "--optimizer muon --parallel fsdp: Muon needs whole matrices on every rank; use "
-            "--parallel ddp or --optimizer adamw"
+            f"--optimizer muon --parallel {config.parallel}: Muon needs whole matrices on every "
+            "rank; use --parallel ddp or --optimizer adamw"
         )
     if bool(config.r_start) != bool(config.r_steps):
         raise UserError(
@@ -250,7 +252,7 @@ def settle_device(config: TrainConfig) -> str:
         raise UserError(f"--device {device}: there is none here; use --device auto or cpu")
     if config.dtype == "tf32" and device != "cuda":
         raise UserError(f"--dtype tf32 --device {device}: needs cuda; use --dtype float32")
-    if config.compile == "graphs" and (device != "cuda" or config.parallel == "fsdp"):
+    if config.compile == "graphs" and (device != "cuda" or config.parallel != "ddp"):
         raise UserError(
             f"--compile graphs --device {device} --parallel {config.parallel}: CUDA graphs need "
             "cuda and parameters that stay in place (ddp); use --compile on"
@@ -261,6 +263,12 @@ def settle_device(config: TrainConfig) -> str:
             f"{torch.cuda.device_count()} GPUs here, but torchrun started {processes} processes; "
             "lower --nproc_per_node"
         )
+    if device == "cuda":
+        # The first question to a GPU opens a context on the current one, which is else the first.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+            # Blocks that grow: without them, batches of several sizes leave holes in the memory.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return device
 
 

@@ -93,6 +93,22 @@ class Trainer:
         self.optimizer = make_optimizer(self.raw, config)
         self.domain_losses = torch.zeros(2, n_domains, device=device)
         self.guard = Guard(device, config.skip_grad_norm, config.on_nonfinite)
+        if config.compile != "off":
+            self.compile_first_pass()
+
+    def compile_first_pass(self) -> None:
+        """Compile accumulation's pass without gradients, if there is one.
+
+        Otherwise that would happen in the first weighted step, and count as time of training.
+        """
+        config, B = self.config, self.config.micro_batch_size
+        n = config.global_batch_size // distributed.ranks().world_size
+        if n > B and config.reweight != "uniform" and config.reweight_scope == "global":
+            tokens = torch.zeros(
+                B, self.raw.config.block_size, dtype=torch.long, device=self.device
+            )
+            with torch.no_grad():
+                self.sample_losses(0, tokens, tokens, first=0)
 
     def step(self, step: int, batch: Batch) -> StepResult:
         """One optimizer step on the global batch; nothing waits for the device.
@@ -108,7 +124,7 @@ class Trainer:
         limits = self.guard.limits(step)
         losses, weights = self.backward(step, x, y, view, batch.pairs)
 
-        gradients = [p.grad for p in self.model.parameters()]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         grad_norm = distributed.full(torch.nn.utils.get_total_norm(gradients))
         taken = grad_norm.isfinite() & (grad_norm <= limits[0])
         # The optimizer reads both on the device: found_inf = 1 makes it change nothing, and it

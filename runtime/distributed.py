@@ -18,10 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
@@ -168,24 +165,47 @@ def data_parallel(
 ) -> nn.Module:
     """The model with its gradients averaged over the ranks after backward.
 
-    "ddp": every rank holds all of the model. "fsdp": each rank holds 1/W of every parameter,
-    gradient and moment, and fetches a block's parameters when it is their turn; the model is
-    changed in place. With dtype bfloat16, FSDP fetches parameters and averages gradients in
-    bfloat16; parameters, sums over micro-steps and moments stay float32.
+    "ddp": every rank holds all of the model. The other three change the model in place. "fsdp":
+    each rank holds 1/W of every parameter, gradient and moment, and fetches a block's parameters
+    when it is their turn. "zero2": parameters that were fetched stay until backward has used them.
+    "hsdp": as fsdp, but W is the ranks of a node, and the nodes have copies of each other.
     """
     if not dist.is_initialized():
         return model
-    if parallel == "fsdp":
-        low = torch.bfloat16 if dtype == "bfloat16" else None
-        # Activations between blocks, and the embeddings, stay float32.
-        block_policy = MixedPrecisionPolicy(low, low, cast_forward_inputs=False)
-        model_policy = MixedPrecisionPolicy(None, low, cast_forward_inputs=False)
-        for block in blocks:
-            fully_shard(block, mp_policy=block_policy)
-        return fully_shard(model, mp_policy=model_policy)
+    if parallel != "ddp":
+        return sharded(model, blocks, device, parallel, dtype)
     device_ids = [device.index] if device.type == "cuda" else None
     # No static_graph: passes without gradients and passes without an average are other graphs.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def sharded(
+    model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str, dtype: str
+) -> nn.Module:
+    """The model by torch's FSDP2, for all `parallel` but "ddp".
+
+    With dtype bfloat16 parameters are fetched and gradients averaged in bfloat16; parameters, sums
+    over micro-steps and moments stay float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second
+
+    low = torch.bfloat16 if dtype == "bfloat16" else None
+    # Activations between blocks, and the embeddings, stay float32.
+    block_policy = MixedPrecisionPolicy(low, low, cast_forward_inputs=False)
+    model_policy = MixedPrecisionPolicy(None, low, cast_forward_inputs=False)
+    settings = {"reshard_after_forward": parallel != "zero2"}
+    if parallel == "hsdp":
+        nodes = dist.get_world_size() // ranks_per_node()
+        settings["mesh"] = dist.init_device_mesh(
+            device.type, (nodes, ranks_per_node()), mesh_dim_names=("node", "rank")
+        )
+    for block in blocks:
+        fully_shard(block, mp_policy=block_policy, **settings)
+    return fully_shard(model, mp_policy=model_policy, **settings)
+
+
+def ranks_per_node() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def no_sync(model: nn.Module, skip: bool):
@@ -214,7 +234,7 @@ def to_host(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | Non
 
 def full(value: Tensor) -> Tensor:
     """The whole of a tensor that FSDP has spread over the ranks; any other tensor unchanged."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def get_state(model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
@@ -222,6 +242,8 @@ def get_state(model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
 
     All ranks call it; it is empty on ranks other than 0.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_state_dict(model, optimizer, options=options)
     if next(model.parameters()).device.type == "cpu":
@@ -232,6 +254,8 @@ def get_state(model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
 
 def set_state(model: nn.Module, optimizer: Optimizers, state: tuple[dict, dict]) -> None:
     """Load what get_state gave on rank 0, whatever the number of ranks was."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     if next(model.parameters()).device.type == "cpu":
         # The optimizer would keep these very tensors, which may be mapped from a file.
         state = state[0], tree_map_only(Tensor, torch.clone, state[1])

@@ -41,9 +41,12 @@ def predict(
     """Bytes of each part at the moment of a step at which their sum is largest."""
     L, C, T = gpt.n_layer, gpt.n_embd, gpt.block_size
     n = B * T
-    fsdp, bf16 = parallel == "fsdp" and W > 1, dtype == "bfloat16"
+    fsdp, bf16 = parallel != "ddp" and W > 1, dtype == "bfloat16"
     e = 2 if bf16 else 4
-    shards = W if fsdp else 1
+    shards = 1
+    if fsdp:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", W))
+        shards = per_node if parallel == "hsdp" else W
     block_matrices, block_vectors, mlp_in, mlp_out, root = parameters(gpt)
     table = gpt.vocab_size * C  # of the token embedding
     N = L * (block_matrices + block_vectors) + root
@@ -85,7 +88,8 @@ def predict(
         always["weights and moments"] -= 4 * L * block_matrices  # it keeps one moment, not two
         moments.append(update_by_muon(L * block_matrices, mlp_in, C, N))
     if fsdp:  # embeddings and ln_f; this block and the next one, two blocks' gradients
-        always["fetched"] = 4 * root + 4 * e * block_matrices
+        fetched_blocks = 4 if parallel != "zero2" else L + 2
+        always["fetched"] = 4 * root + fetched_blocks * e * block_matrices
     return always | max(moments, key=lambda parts: sum(parts.values()))
 
 

@@ -14,6 +14,7 @@ The file OUT.pt holds a dictionary. Its keys and values, for every layout of W r
 tests/test_distributed.py starts this file with W ranks and the argument OUT.pt.
 """
 
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,10 +45,12 @@ LAYOUTS = [
     (2, "ddp", 4),
     (2, "fsdp", 8),
     (2, "fsdp", 4),
+    (2, "zero2", 4),
     (4, "ddp", 4),
     (4, "ddp", 2),
     (4, "fsdp", 4),
     (4, "fsdp", 2),
+    (4, "hsdp", 2),  # two nodes of two ranks
 ]
 MICRO_LAYOUTS = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp")]  # with B = 4
 # Settings by variant: every strategy, and all at once that changes the weights of a batch.
@@ -272,6 +275,7 @@ def snapshot(trainer: Trainer) -> list[torch.Tensor]:
 def main() -> None:
     W = distributed.ranks().world_size
     distributed.setup("cpu")
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(W, 2))  # four ranks are two nodes
     write_references(references_folder())
     results = {}
     for ranks, parallel, B in LAYOUTS:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corpus.manifest import DOMAINS
 from data import Batch
@@ -165,7 +167,7 @@ def test_noise_is_that_of_manual_seed():
 def test_recomputed_noise_repeats(monkeypatch, compile, recompute):
     from torch._functorch import config as functorch
 
-    monkeypatch.setattr(GPT, "compile", lambda self, mode=None: None)
+    monkeypatch.setattr(GPT, "compile", lambda self, **how: None)
     settings = {**SETTINGS, "compile": compile, "recompute": recompute, "dropout": 0.1}
     with functorch.patch(graphsafe_rng_functionalization=True):
         Trainer(GPT(SHAPE), TrainConfig(**settings), len(DOMAINS), torch.device("cpu"))
@@ -304,14 +306,71 @@ def test_noise_differs_between_steps_and_micro_batches():
         assert [losses(*place) for place in places] == noisy
 
 
-@pytest.mark.parametrize(
-    "compile, modes", [("off", []), ("on", [None]), ("graphs", ["reduce-overhead"])]
-)
-def test_the_model_is_compiled_as_asked(monkeypatch, compile, modes):
+@pytest.mark.parametrize("n_layer", [2, 25])
+@pytest.mark.parametrize("compile", ["off", "on", "graphs"])
+def test_the_model_is_compiled_as_asked(monkeypatch, compile, n_layer):
+    """As a whole, or block by block and the losses: with static shapes, and CUDA graphs or not."""
     seen = []
-    monkeypatch.setattr(GPT, "compile", lambda self, mode=None: seen.append(mode))
-    new_trainer(compile=compile)
-    assert seen == modes
+
+    def note(module, **how):
+        seen.append((type(module).__name__, how))
+        return module
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: note(function, **how))
+    new_trainer(replace(SHAPE, n_layer=n_layer), compile=compile)
+    how = {"dynamic": False, "options": {"triton.cudagraphs": compile == "graphs"}}
+    expected = [("GPT", how)]
+    if compile == "off":
+        expected = []
+    elif compile == "on" and n_layer == 25:
+        expected = [("Block", how)] * 25 + [("function", how)]
+    assert seen == expected
+
+
+def test_nothing_is_compiled_again_after_the_first_steps(monkeypatch):
+    """Over uniform and weighted steps with accumulation, and evaluations between them."""
+    monkeypatch.setattr(
+        "step.compile_model", lambda model, how: model.compile(backend="eager", dynamic=False)
+    )
+    torch._dynamo.reset()
+    trainer = new_trainer(compile="on", reweight_warmup_steps=3, max_steps=30)
+    graphs = []
+    for step in range(20):
+        batch = batch_of(step)
+        x, y = batch.x.contiguous(), batch.y.contiguous()  # as read_batch gives them
+        trainer.step(step, batch._replace(x=x, y=y))
+        if step % 5 == 0:
+            trainer.raw.eval()
+            with torch.no_grad():
+                trainer.raw(x[:4], y[:4])
+            trainer.raw.train()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 20
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators inside that compute something."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += not function.is_view and function.namespace == "aten"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_has_few_operators_beside_the_model():
+    """On a GPU each one is a kernel, or several, that waits for the host to start it."""
+    trainer = new_trainer(micro_batch_size=G)
+    trainer.raw.forward = lambda x, y: trainer.raw.ln_f.bias[0] * y  # in place of the model
+    for parameter in trainer.raw.parameters():
+        parameter.requires_grad_(parameter is trainer.raw.ln_f.bias)
+        parameter.grad = torch.zeros_like(parameter)
+    batch = batch_of(0)
+    trainer.step(60, batch)  # makes the optimizer's moments
+    with Counter() as counter:
+        trainer.step(61, batch)
+    assert counter.n <= 62
 
 
 def test_ways_of_saving_memory_reach_the_model():

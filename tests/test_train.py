@@ -119,25 +119,33 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
     assert_same_model(out, unbroken, 12)
 
 
-@pytest.mark.parametrize("model", ["tiny", "llama_tiny"])
-def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch, model):
-    """Two ranks with FSDP, weights against the domains' running means: stopped at 4 of 8 steps."""
+@pytest.mark.parametrize(
+    "model, parallel", [("tiny", "fsdp"), ("llama_tiny", "fsdp"), ("tiny", "hsdp")]
+)
+def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch, model, parallel):
+    """Two ranks with FSDP, weights against the domains' running means: stopped at 4 of 8 steps.
+
+    With hsdp, each rank is a node.
+    """
+    patch = "one_layer()"
+    if parallel == "hsdp":
+        patch += '; os.environ["LOCAL_WORLD_SIZE"] = "1"'
     flags = (
         "--max_steps=8",
         "--checkpoint_interval=4",
         "--eval_interval=8",
         "--reweight=linupper",
         "--dropout=0.1",
-        "--parallel=fsdp",
+        f"--parallel={parallel}",
         "--reweight_norm=domain",
         "--record_samples=3",
         f"--model={model}",
     )
     a, b = tmp_path / "a", tmp_path / "b"
-    expect_ok(run(sample_data, a, *flags, ranks=2, patch="one_layer()"))
+    expect_ok(run(sample_data, a, *flags, ranks=2, patch=patch))
     shutil.copytree(a, b)
     shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
-    expect_ok(run(sample_data, b, *flags, ranks=2, patch="one_layer()"))
+    expect_ok(run(sample_data, b, *flags, ranks=2, patch=patch))
     assert without_times(records(a, "train")) == without_times(records(b, "train"))
     assert_same_model(a, b, 8)
     assert (a / "samples.bin").read_bytes() == (b / "samples.bin").read_bytes()
@@ -431,7 +439,7 @@ def model_that_forgets(monkeypatch):
     """A small model, not compiled; each forward pass turns the last gradients' memory into NaN."""
     torch.manual_seed(0)
     raw = GPT(GPTConfig(1, 2, 8, 8, 64))
-    monkeypatch.setattr(raw, "compile", lambda mode=None: None)
+    monkeypatch.setattr(raw, "compile", lambda **how: None)
     written = []
     # The storage alone: with a reference to the tensor, autograd would copy it.
     for parameter in raw.parameters():

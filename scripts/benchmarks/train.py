@@ -16,6 +16,7 @@ layers, C width, T tokens. The count does not change with a first pass for the l
 recomputed activations or with the causal half of attention that is skipped.
 """
 
+import gc
 import json
 import os
 import re
@@ -215,6 +216,9 @@ def bench_shape(
         is_last = (size, config.micro_batch_size) == (args.sizes[-1], args.micro_batch[-1])
         if args.profile and is_last:
             bench.trace(strategies[-1], args.profile)
+    del bench
+    torch._dynamo.reset()  # compiled code refers to its model; the next shape needs the room
+    gc.collect()
     return [{"size": size, "micro_batch": config.micro_batch_size} | row for row in rows]
 
 
