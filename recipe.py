@@ -85,9 +85,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu
     dtype: Literal[("auto", *DTYPES)] = "auto"  # of matrix products; auto: bfloat16 on cuda
     compile: Literal["auto", "on", "graphs", "off"] = "auto"  # auto: on cuda; graphs: CUDA graphs
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = (
-        "ddp"  # ddp: each rank holds all (docs/memory.md)
-    )
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = "ddp"  # ddp: each rank holds the model
     loss_chunk: int = -1  # rows of logits computed at once; 0: all; -1: all if they fit, else 2,048
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in backward
     timeout_s: float = 600.0  # seconds a rank waits for the others; a warning comes after 1/20

@@ -1,7 +1,7 @@
 """Before a run starts: the peak memory of a step, and the plan that --dry_run prints.
 
-The prediction is per rank and in bytes, from the shapes alone; docs/memory.md derives it. It is for
-plain PyTorch without torch.compile, which needs less.
+The prediction is per rank and in bytes, from the shapes alone; docs/memory.md derives it. What
+torch.compile saves of it is known less well.
 
 n = B * T tokens of a micro-batch, C channels, H heads, F width of the MLP (GPT-2: 4 C), K width of
 the keys (GPT-2: C), V vocabulary, L layers, A micro-steps, W ranks, e bytes of an element in matrix
@@ -37,6 +37,7 @@ def predict(
     loss_chunk: int = 0,
     recompute: str = "none",
     optimizer: str = "adamw",
+    compiled: bool = False,
 ) -> dict[str, float]:
     """Bytes of each part at the moment of a step at which their sum is largest."""
     L, C, T = gpt.n_layer, gpt.n_embd, gpt.block_size
@@ -51,6 +52,8 @@ def predict(
     table = gpt.vocab_size * C  # of the token embedding
     N = L * (block_matrices + block_vectors) + root
     kept, saved, work = block_activations(gpt, device, bf16, recompute)
+    if compiled:  # which also recomputes norms and activation functions
+        kept = min(kept, kept_by_compiler(gpt, e))
 
     # Gradients before backward (of an earlier micro-step, or DDP's buckets), and at its end.
     gradients_before = 4 * N / shards if A > 1 or (W > 1 and not fsdp) else 0
@@ -64,7 +67,7 @@ def predict(
 
     at_the_head = {
         "activations": n * (L * kept + (4 + e + mask) * C + 8),
-        "logits": head(gpt, n, bf16, loss_chunk),
+        "logits": head(gpt, n, bf16, loss_chunk, compiled),
         "gradients": gradients_before,
         "bfloat16 weights": bf16_copies,
     }
@@ -164,8 +167,24 @@ def llama_activations(gpt: Shape, device: str, bf16: bool, recompute: str) -> tu
     return kept, saved, work
 
 
-def head(gpt: Shape, n: int, bf16: bool, chunk: int) -> int:
-    """Bytes for the losses of n tokens: three float32 per logit, or the gradient of the weight."""
+def kept_by_compiler(gpt: Shape, e: int) -> int:
+    """Bytes per token that torch.compile keeps of a block until its backward.
+
+    The block's input in float32; in e: q, k, v, the results of attention and of its product, the
+    input of the activation function. A number per attention head.
+    """
+    C = gpt.n_embd
+    if gpt.family == "llama":
+        K = C // gpt.n_head * gpt.n_kv_head
+        return (4 + 3 * e) * C + 2 * e * (K + gpt.n_ffn) + 4 * gpt.n_head
+    return (4 + 9 * e) * C + 4 * gpt.n_head
+
+
+def head(gpt: Shape, n: int, bf16: bool, chunk: int, compiled: bool = False) -> int:
+    """Bytes for the losses of n tokens: three float32 per logit, or the gradient of the weight.
+
+    Compiled and in one piece: four bytes per logit in all.
+    """
     V = gpt.vocab_size
     table = V * gpt.n_embd
     bf16_copy = 2 * table if bf16 else 0
@@ -174,6 +193,8 @@ def head(gpt: Shape, n: int, bf16: bool, chunk: int) -> int:
         two_gradients_and_sum = 12 * table
         gradients = 4 * V * chunk + 8 * table + bf16_copy
         return max(logits, gradients, two_gradients_and_sum)
+    if compiled:
+        return 4 * V * n + bf16_copy
     return max(12 * V * n, 4 * V * n + 4 * table) + bf16_copy
 
 
@@ -192,6 +213,7 @@ def predict_for_config(config: TrainConfig, gpt: Shape, W: int) -> dict[str, flo
         config.loss_chunk,
         config.recompute,
         config.optimizer,
+        config.compile != "off",
     )
 
 
@@ -268,9 +290,10 @@ def describe_compute(gpt: Shape, tokens: int) -> str:
 def describe_memory(config: TrainConfig, gpt: Shape, W: int) -> str:
     parts = predict_for_config(config, gpt, W)
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    peak = sum(parts.values()) / 1e9
     return (
-        f"{sum(parts.values()) / 1e9:.2f} GB per rank predicted for a step, without compile: "
-        f"{listed} (loss_chunk {config.loss_chunk}, recompute {config.recompute})"
+        f"{peak:.2f} GB per rank predicted for a step, compile {config.compile}: {listed} "
+        f"(loss_chunk {config.loss_chunk}, recompute {config.recompute})"
     )
 
 

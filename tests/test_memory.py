@@ -106,6 +106,14 @@ def test_the_plan_says_the_peak(sample_data, tmp_path):
     expect_error(command("train.py", *flags, "--recompute=some"), "--recompute", "selective")
 
 
+def test_the_prediction_for_compiled_code_is_near_what_an_h200_took():
+    """9.06 GB: 124m, 32 x 512, bfloat16, without dropout (docs/performance.md)."""
+    gpt = replace(SIZES["124m"], block_size=512, vocab_size=50304)
+    compiled = sum(memory.predict(gpt, 32, compiled=True).values())
+    assert compiled == pytest.approx(9.06e9, rel=0.1)
+    assert compiled < 0.6 * sum(memory.predict(gpt, 32).values())
+
+
 def test_the_table_of_the_documentation_is_the_formulas():
     text = expect_ok(command("scripts/bench.py", "memory", "--what", "fits"))
     rows = [line for line in text.splitlines() if line.startswith("|")]

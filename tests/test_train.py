@@ -24,7 +24,7 @@ from data import Batch, validation_windows
 from families import SIZES, build
 from llama import LlamaConfig
 from model import GPT, GPTConfig
-from recipe import TrainConfig, lr_at, r_at
+from recipe import TrainConfig, lr_at, r_at, settle
 from reweight import STRATEGIES
 from runtime import checkpoint, distributed, telemetry
 from runtime.metrics import for_wandb
@@ -277,6 +277,21 @@ def test_histograms_and_kinds_are_logged(unbroken):
     for row in rows:
         assert sum(row["weight_by_kind"].values()) == pytest.approx(1, abs=1e-5)
         assert sum(row["samples_by_kind"].values()) == pytest.approx(1)
+
+
+def test_a_rank_takes_its_gpu_before_it_asks_for_anything(monkeypatch):
+    """The first question opens a context, which must not be on the first GPU for all ranks."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: asked.append(index))
+    answer = lambda including_emulation: asked.append("bf16") or True  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert settle(TrainConfig(global_batch_size=8), world_size=2).dtype == "bfloat16"
+    assert asked == [1, "bf16"]
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
 
 
 def test_temperature_schedule():
