@@ -281,8 +281,9 @@ def flops_per_token(gpt: Shape) -> int:
 def describe_compute(gpt: Shape, tokens: int) -> str:
     flops = flops_per_token(gpt) * tokens
     hours = flops / (SHARE_OF_PEAK * H100_FLOPS) / 3600
+    shown = f"{hours:,.1f}" if hours >= 1 else f"{hours:.1g}"
     return (
-        f"{flops:.2e} FLOP without a first pass or recomputation, {hours:,.1f} H100 hours at "
+        f"{flops:.2e} FLOP without a first pass or recomputation, {shown} H100 hours at "
         f"{SHARE_OF_PEAK:.0%} of the bfloat16 peak"
     )
 
