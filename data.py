@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
+from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -201,10 +202,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def open_shard(path: Path) -> BinaryIO:
-    """A shard's file; it is closed with the last reference to it."""
+class ShardFile(FileIO):
+    """Closes itself with its last reference, without Python's warning that nobody closed it."""
+
+    def __del__(self):
+        self.close()
+
+
+def open_shard(path: Path) -> ShardFile:
+    """A shard's file."""
     try:
-        return open(path, "rb", buffering=0)
+        return ShardFile(path)
     except OSError as error:
         raise UserError(f"shard {path} cannot be read ({error}); {RESTORE}") from None
 

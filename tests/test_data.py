@@ -1,8 +1,10 @@
 """Windows, sampler and batches, on shards of known numbers."""
 
+import gc
 import itertools
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +31,21 @@ def folder(tmp_path):
 
 def open_split(folder, split="train", block_size=10):
     return data.Split(folder, read_manifest(folder), split, block_size)
+
+
+@pytest.mark.filterwarnings("error")
+def test_open_shards_are_closed_without_a_warning(folder, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    split = open_split(folder)
+    split.window(0, 0)
+    file = split.open(split.paths[0][0])
+    number = file.fileno()
+    del split, file
+    gc.collect()
+    assert not unraisable
+    with pytest.raises(OSError):
+        os.fstat(number)
 
 
 def test_windows_make_each_token_a_target_once(folder):
