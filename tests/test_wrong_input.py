@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import pytest
 from conftest import ROOT, changed, command, expect_error, expect_ok, write_shards
 
 import cli
+import data
 from cli import UserError
 from corpus.manifest import DOMAINS
 from runtime.metrics import Metrics, read_lines
@@ -894,16 +896,17 @@ def test_bugs_keep_their_traceback(error):
 
 def test_a_permission_that_is_missing(places, tmp_path, monkeypatch):
     """Root may read everything, so open itself refuses."""
-    real = open
+    real, real_shard = open, data.ShardFile
     flags = [flag.format(**places, tmp=tmp_path) for flag in SMALL]
     for path in (places["data"] / "manifest.json", places["data"] / "c4" / "val_00000.npy"):
 
-        def refusing(file, *args, path=path, **kwargs):
+        def refusing(file, *args, path=path, of=real, **kwargs):
             if str(file) == str(path):
                 raise PermissionError(errno.EACCES, "Permission denied", str(file))
-            return real(file, *args, **kwargs)
+            return of(file, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr("builtins.open", refusing)
             patch.setattr("io.open", refusing)
+            patch.setattr("data.ShardFile", partial(refusing, of=real_shard))
             expect_error(command("train.py", *flags), str(path), "Permission denied")
