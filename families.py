@@ -7,6 +7,8 @@ runtime/memory.py.
 import math
 from dataclasses import replace
 
+import torch
+
 import hf
 import llama
 import model
@@ -24,6 +26,12 @@ def build(shape: Shape) -> LanguageModel:
     """A model of this shape with random weights."""
     _, model_class, _ = FAMILIES[shape.family]
     return model_class(shape)
+
+
+def build_empty(shape: Shape) -> LanguageModel:
+    """A model on "meta": it takes no memory, whatever the shape."""
+    with torch.device("meta"):
+        return build(shape)
 
 
 def shape_from(fields: dict) -> Shape:

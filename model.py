@@ -181,14 +181,18 @@ class LanguageModel(nn.Module):
 
     def init_weights(self) -> None:
         """GPT-2's: normal(0, 0.02), smaller for matrices that end on the residual stream."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                ends_on_residual = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=residual_std if ends_on_residual else 0.02)
-            else:
-                is_gain = "ln_" in name and name.endswith("weight")
-                nn.init.constant_(p, 1.0 if is_gain else 0.0)
+            self.init_weight(name, p)
+
+    def init_weight(self, name: str, p: Tensor) -> None:
+        """init_weights for the parameter of this name."""
+        if p.dim() >= 2:
+            residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+            ends_on_residual = name.endswith("c_proj.weight")
+            nn.init.normal_(p, std=residual_std if ends_on_residual else 0.02)
+        else:
+            is_gain = "ln_" in name and name.endswith("weight")
+            nn.init.constant_(p, 1.0 if is_gain else 0.0)
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

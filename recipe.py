@@ -215,6 +215,7 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
 
     loss_chunk = -1 stays: it depends on the model's shape (runtime/memory.py).
     """
+    check_nodes(config, world_size)
     device = settle_device(config)
     micro_batch_size = settle_micro_batch(config, world_size)
     settled = {"device": device, "micro_batch_size": micro_batch_size}
@@ -268,6 +269,16 @@ def settle_device(config: TrainConfig) -> str:
             # Blocks that grow: without them, batches of several sizes leave holes in the memory.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return device
+
+
+def check_nodes(config: TrainConfig, world_size: int) -> None:
+    """UserError if hsdp cannot put a copy of the model on each node."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if config.parallel == "hsdp" and world_size % ranks_per_node:
+        raise UserError(
+            f"--parallel hsdp: {ranks_per_node} ranks on this node, but {world_size} in all; start "
+            "as many ranks on every node, or use --parallel fsdp"
+        )
 
 
 def settle_micro_batch(config: TrainConfig, world_size: int) -> int:

@@ -22,7 +22,8 @@ from reweight import (
     shuffled_order,
     track_domain_losses,
 )
-from runtime import distributed
+from runtime import distributed, parts
+from runtime.parts import State, Weights
 from runtime.telemetry import StepResult
 
 WINDOW = 100  # the median gradient norm is taken over this many newest steps
@@ -59,7 +60,8 @@ class View(NamedTuple):
 class Trainer:
     """Owns what a step changes: model, optimizer, running domain losses and recent gradient norms.
 
-    raw: the model itself; `model` is the same one, wrapped for several ranks.
+    raw: the model itself; `model` is the same one, wrapped for several ranks. On "meta" it gets its
+        memory here, and its numbers from set_weights or load_state.
     byte_lengths: (V,) bytes of each token, for reweight_unit = "byte".
     reference: gives the (n,) losses of a reference model on a batch, for reweight_ref.
     domain_losses: (2, D), for reweight_norm = "domain".
@@ -76,20 +78,21 @@ class Trainer:
     ):
         self.config, self.device, self.reference = config, device, reference
         self.byte_lengths = None if byte_lengths is None else byte_lengths.to(device)
-        self.raw = raw.to(device)
+        self.raw = raw
         self.raw.loss_chunk, self.raw.recompute = config.loss_chunk, config.recompute
         if config.compile != "off":
             if config.compile == "on" and config.recompute != "none" and config.dropout:
                 let_recomputed_noise_repeat()
-            compile_model(self.raw, config.compile)
+            compile_model(self.raw, config.compile, device)
+        self.model = distributed.data_parallel(
+            self.raw, self.raw.h, device, config.parallel, config.dtype
+        )
         if config.compile == "graphs":
             # Gradients keep memory of their own: the graph would write the next micro-step's over
             # them.
             for parameter in self.raw.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        self.model = distributed.data_parallel(
-            self.raw, self.raw.h, device, config.parallel, config.dtype
-        )
+        self.share = parts.share_of_rank(config.parallel)
         self.optimizer = make_optimizer(self.raw, config)
         self.domain_losses = torch.zeros(2, n_domains, device=device)
         self.guard = Guard(device, config.skip_grad_norm, config.on_nonfinite)
@@ -238,18 +241,22 @@ class Trainer:
             weights = weights[order]
         return weights[rank * m : (rank + 1) * m]
 
-    def state_dict(self) -> tuple[tuple[dict, dict], dict]:
-        """What a checkpoint holds: model and optimizer tensors, and numbers. All ranks call it."""
-        tensors = distributed.get_state(self.raw, self.optimizer)
+    def set_weights(self, weights: Weights) -> None:
+        """Start with these weights; all parameters must be among them."""
+        parts.fill(self.raw, weights, self.share)
+
+    def state_dict(self) -> tuple[State, dict]:
+        """What a checkpoint holds: a copy of this rank's tensors on the CPU, and numbers."""
+        tensors = parts.copy_to_host(parts.own_state(self.raw, self.optimizer))
         numbers = {
             "domain_losses": self.domain_losses.tolist(),
             "grad_norms": self.guard.norms.tolist(),
         }
         return tensors, numbers
 
-    def load_state(self, tensors: tuple[dict, dict], numbers: dict) -> None:
-        """Continue from what state_dict gave, whatever the number of ranks."""
-        distributed.set_state(self.raw, self.optimizer, tensors)
+    def load_state(self, tensors: list[State], numbers: dict) -> None:
+        """Continue from all parts of what state_dict gave, whatever their number."""
+        parts.load(self.raw, self.optimizer, tensors, self.share)
         self.domain_losses.copy_(torch.tensor(numbers["domain_losses"]))
         self.guard.norms.copy_(torch.tensor(numbers["grad_norms"]))
 
@@ -263,14 +270,14 @@ def seed_noise(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def compile_model(model: LanguageModel, how: str) -> None:
+def compile_model(model: LanguageModel, how: str, device: torch.device) -> None:
     """how: "on", or "graphs" for CUDA graphs as well.
 
     A deep model is compiled block by block: the blocks share one graph, where the whole would be
     compiled with each of them written out. CUDA graphs are of the whole model.
     """
     options = {"triton.cudagraphs": how == "graphs"}
-    if next(model.parameters()).is_cuda:
+    if device.type == "cuda":
         options |= GPU_COMPILER
     if len(model.h) <= DEEP or how == "graphs":
         model.compile(dynamic=False, options=options)

@@ -19,6 +19,7 @@ import torch
 from cli import parse, run
 from data import batches
 from eval.perplexity import evaluate
+from families import build_empty
 from recipe import TrainConfig, settle
 from runtime import checkpoint, distributed, doctor, init_from, reference
 from runtime.distributed import print0
@@ -56,13 +57,14 @@ def main() -> None:
 def train(run: Run) -> None:
     """All steps of a run; one more round evaluates and saves after the last step."""
     config, data, found, shape = run.config, run.data, run.found, run.shape
-    raw = init_from.initial_model(config, shape, found.folder)
     seen = reference.what_weights_see(config, data, run.device)
-    trainer = Trainer(raw, config, len(data.train.domains), run.device, *seen)
+    trainer = Trainer(build_empty(shape), config, len(data.train.domains), run.device, *seen)
     if found.folder:
-        trainer.load_state(checkpoint.read_tensors(found.folder, shape), found.state)
+        trainer.load_state(checkpoint.read_parts(found.folder, shape), found.state)
         data.sampler.load_state(found.state.get("sampler"))
         print0(f"resumed from {found.folder}")
+    else:
+        trainer.set_weights(init_from.starting_weights(config, shape))
     telemetry = Telemetry(
         data.train, config.out_dir, found.step, config.record_samples, config.on_nonfinite
     )

@@ -96,7 +96,7 @@ def open_run(run: str, dtype: str | None) -> Evaluated:
     tokens = tokenizer.find(state["tokenizer_sha256"], run_dir, state["data_dir"])
     about = {
         "step": state["step"],
-        "model_sha256": state.get("sha256", {}).get("model.pt"),  # older checkpoints have none
+        "model_sha256": checkpoint.model_sha256(state),
         "dtype": dtype or of_run,
     }
     return Evaluated(checkpoint.load_model(folder), tokens, about, state["data_dir"])

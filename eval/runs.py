@@ -21,7 +21,7 @@ import numpy as np
 from cli import UserError
 from families import SIZES
 from recipe import EXECUTION_KEYS, with_added_keys
-from runtime.checkpoint import checkpoint_folder, read_json
+from runtime.checkpoint import checkpoint_folder, model_sha256, read_json
 from runtime.metrics import read_lines
 
 # Keys of config.json that do not tell one setting from another. The strategy is in every name.
@@ -156,7 +156,7 @@ def check_model(run: RunFolder, path: Path, result: dict, again: str) -> None:
     state_json = checkpoint_folder(run.path, result["step"]) / "state.json"
     if not state_json.is_file():
         return
-    own = read_json(state_json).get("sha256", {}).get("model.pt")
+    own = model_sha256(read_json(state_json))
     evaluated = result.get("model_sha256")
     if own and evaluated and own != evaluated:
         raise UserError(

@@ -1,7 +1,10 @@
 """Checkpoints as folders, `checkpoints/step_00000500/`: whole or absent, read without running code.
 
 model.pt, optimizer.pt    tensors, loaded with weights_only=True to the CPU
-state.json                step, model shape, data fingerprint, all settings, sha256 of the other two
+state.json                step, model shape, data fingerprint, all settings, sha256 of the others
+
+Where n ranks share one copy of the model, each of them writes its rows: model_00000.pt and
+optimizer_00000.pt, and so on (runtime/parts.py). No rank ever has more than its own.
 """
 
 import errno
@@ -13,22 +16,25 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from cli import UserError, print_error
-from families import Shape, build, shape_from
+from families import Shape, build_empty, shape_from
 from files import sync, write_text
 from model import LanguageModel
 from recipe import TrainConfig, with_added_keys
-from runtime import distributed
-from runtime.distributed import print0
+from runtime import distributed, parts
+from runtime.distributed import Team, print0
+from runtime.parts import Share, State
 
-FILES = ("model.pt", "optimizer.pt")
+KINDS = ("model", "optimizer")  # of the files with tensors
 LOGS = ("metrics.jsonl", "samples.bin")  # what the steps append to in the run folder
 # Keys of the identity that a flag lets differ.
 FLAGS = {"data": "allow_data_change"}
@@ -47,28 +53,50 @@ class Found(NamedTuple):
 
 
 class Writer:
-    """Writes a run's checkpoints in a thread of one rank, one at a time, while the steps go on.
+    """Writes a run's checkpoints in a thread, one at a time, while the steps go on.
 
+    Each rank that has a part of the state writes it, and rank 0 makes a checkpoint of the parts.
+
+    team: the ranks with a part; None: this process alone.
     keep: how many of the newest ones stay; every: those at its multiples stay too (0: none).
     folder_lock: stays locked while the thread writes, even if the run has ended with an error.
     failure: why a checkpoint could not be written; nothing is written after that.
     """
 
-    def __init__(self, out_dir: Path, keep: int, every: int, folder_lock: IO | None = None):
+    def __init__(
+        self,
+        out_dir: Path,
+        keep: int,
+        every: int,
+        folder_lock: IO | None = None,
+        team: Team | None = None,
+    ):
         self.out_dir, self.keep, self.every = Path(out_dir), keep, every
         self.folder_lock = folder_lock
+        self.team = team or Team(1)
+        self.share = Share(self.team.rank, self.team.n)
         self.thread, self.failure = None, ""
-        tidy(out_dir)
+        if self.share.i == 0:
+            tidy(out_dir)
 
-    def save(self, step: int, tensors: tuple[dict, dict], state: dict) -> None:
-        """Begin to write the checkpoint of `step`, once the previous one is done.
-
-        tensors: a copy of the whole model and optimizer state, as distributed.get_state gives it.
-        """
+    def begin(self, step: int) -> bool:
+        """Make room for the parts of a checkpoint, on rank 0; False: it cannot be written."""
         self.wait()
         if not self.failure:
-            self.thread = threading.Thread(target=self._write, args=(step, tensors, state))
-            self.thread.start()
+            try:
+                begin(self.out_dir, step)
+            except OSError as error:
+                self.failure = self.why_not_written(step, reason_of(error))
+        return not self.failure
+
+    def save(self, step: int, tensors: State, state: dict) -> None:
+        """Begin to write this rank's part of the checkpoint that rank 0 has begun.
+
+        tensors: a copy of this rank's rows, as Trainer.state_dict gives it.
+        """
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(step, tensors, state))
+        self.thread.start()
 
     def is_writing(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
@@ -79,40 +107,77 @@ class Writer:
             self.thread.join()
             self.thread = None
 
-    def _write(self, step: int, tensors: tuple[dict, dict], state: dict) -> None:
+    def _write(self, step: int, tensors: State, state: dict) -> None:
+        # Whatever the error is: to go on without checkpoints would be worse.
         try:
-            check_space(self.out_dir, tensors)
-            save(self.out_dir, step, tensors, state, self.keep, self.every)
-        except Exception as error:  # whatever it is: to go on without checkpoints would be worse
-            reason = getattr(error, "strerror", None) or repr(error).split("\\n")[0]
-            free = shutil.disk_usage(self.out_dir).free / 1e9
-            existing = steps(self.out_dir)
-            newest = "there is none before it"
-            if existing:
-                newest = f"the newest one is of step {existing[-1]}"
-            self.failure = (
-                f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}; "
-                f"{free:.2f} GB are free); {newest}; make room and give the same command again"
-            )
+            check_space(self.out_dir, tensors, self.share.n)
+            written = write_part(self.out_dir, step, tensors, self.share), ""
+        except Exception as error:
+            written = {}, reason_of(error)
+        try:
+            of_all = self.team.gather(written)
+            errors = [error for _, error in of_all if error]
+            if self.share.i == 0 and not errors:
+                hashes = {name: digest for own, _ in of_all for name, digest in own.items()}
+                complete(self.out_dir, step, hashes, state, self.keep, self.every)
+        except Exception as error:
+            errors = [reason_of(error)]
+        if errors:
+            if self.share.i == 0:
+                shutil.rmtree(temporary_folder(self.out_dir, step), ignore_errors=True)
+            self.failure = self.why_not_written(step, errors[0])
+
+    def why_not_written(self, step: int, reason: str) -> str:
+        free = shutil.disk_usage(self.out_dir).free / 1e9
+        existing = steps(self.out_dir)
+        newest = "there is none before it"
+        if existing:
+            newest = f"the newest one is of step {existing[-1]}"
+        return (
+            f"the checkpoint of step {step} cannot be written to {self.out_dir} ({reason}; "
+            f"{free:.2f} GB are free); {newest}; make room and give the same command again"
+        )
 
 
-def save(
-    out_dir: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int, every: int = 0
-) -> Path:
-    """Write the checkpoint of `step`, complete once it has its name; then delete outdated ones."""
-    folder = checkpoint_folder(out_dir, step)
-    temporary = folder.with_name(f"{folder.name}.tmp")
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or repr(error).split("\\n")[0]
+
+
+def save(out_dir: Path, step: int, tensors: State, state: dict, keep: int, every: int = 0) -> Path:
+    """Write the checkpoint of `step`, whose tensors are not spread over ranks."""
+    begin(out_dir, step)
+    try:
+        hashes = write_part(out_dir, step, tensors, parts.ALL)
+        return complete(out_dir, step, hashes, state, keep, every)
+    except BaseException:
+        shutil.rmtree(temporary_folder(out_dir, step), ignore_errors=True)
+        raise
+
+
+def begin(out_dir: Path, step: int) -> None:
+    """Make the empty folder that gets the parts of a checkpoint."""
+    temporary = temporary_folder(out_dir, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
-        hashes = {}
-        for name, part in zip(FILES, tensors, strict=True):
-            hashes[name] = write_tensors(temporary / name, part)
-        content = {"step": step, **state, "sha256": hashes}
-        write_text(temporary / "state.json", json.dumps(content, indent=1))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def write_part(out_dir: Path, step: int, tensors: State, share: Share) -> dict[str, str]:
+    """Write a part of the model and of the optimizer -> sha256 of each file."""
+    hashes = {}
+    for kind, of_kind in zip(KINDS, tensors, strict=True):
+        name = f"{kind}.pt" if share.n == 1 else f"{kind}_{share.i:05d}.pt"
+        hashes[name] = write_tensors(temporary_folder(out_dir, step) / name, of_kind)
+    return hashes
+
+
+def complete(
+    out_dir: Path, step: int, hashes: dict[str, str], state: dict, keep: int, every: int
+) -> Path:
+    """Give a checkpoint whose parts are written its name; then delete outdated ones."""
+    folder, temporary = checkpoint_folder(out_dir, step), temporary_folder(out_dir, step)
+    hashes = dict(sorted(hashes.items()))
+    content = {"step": step, **state, "model_sha256": hash_of_model(hashes), "sha256": hashes}
+    write_text(temporary / "state.json", json.dumps(content, indent=1))
     sync(temporary)
     # First the log: a checkpoint that survives a power cut must not miss the lines before it.
     sync_logs(out_dir)
@@ -152,9 +217,13 @@ def sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def check_space(out_dir: Path, tensors: tuple[dict, dict]) -> None:
-    """OSError if the disk lacks room for the tensors: better than to fill it for others."""
-    needed = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+def check_space(out_dir: Path, tensors: State, n_parts: int) -> None:
+    """OSError if the disk lacks room for all parts: better than to fill it for others.
+
+    tensors: one of the parts, which have almost the same size.
+    """
+    own = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+    needed = n_parts * own
     free = shutil.disk_usage(out_dir).free
     if free < needed * 1.01:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed")
@@ -224,6 +293,12 @@ def discard(folder: Path) -> None:
 
 def checkpoint_folder(out_dir: Path, step: int) -> Path:
     return Path(out_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def temporary_folder(out_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written until it is complete."""
+    folder = checkpoint_folder(out_dir, step)
+    return folder.with_name(f"{folder.name}.tmp")
 
 
 def steps(out_dir: Path) -> list[int]:
@@ -319,8 +394,7 @@ def newest_intact(out_dir: Path) -> Path | None:
     for step in reversed(steps(out_dir)):
         folder = checkpoint_folder(out_dir, step)
         try:
-            for name in FILES:
-                verify(folder, name)
+            verify(folder)
         except UserError as error:
             damage = damage or str(error).split(";")[0]
             continue
@@ -337,14 +411,20 @@ def newest_intact(out_dir: Path) -> Path | None:
 # Reading
 
 
-def verify(folder: Path, name: str) -> None:
+def verify(folder: Path, kinds: Iterable[str] = KINDS) -> None:
     """UserError if a file of a checkpoint is not the one that was written.
 
-    This reads it from the disk; to load it afterwards takes it from the page cache.
+    This reads all of them from the disk; to load them afterwards takes them from the page cache.
     """
-    path = Path(folder) / name
     state = read_json(Path(folder) / "state.json")
-    expected = state.get("sha256", {}).get(name)  # None in older checkpoints
+    names = [name for kind in kinds for name in part_files(state, kind)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: verify_file(folder, name, state), names))
+
+
+def verify_file(folder: Path, name: str, state: dict) -> None:
+    path = Path(folder) / name
+    expected = hashes_of(state).get(name)  # None in older checkpoints
     actual = None
     try:
         with open(path, "rb") as file:
@@ -356,6 +436,31 @@ def verify(folder: Path, name: str) -> None:
         raise damaged(path, f"cannot be read ({error.strerror})") from None
     if actual != expected:
         raise damaged(path, "is damaged (its sha256 is not the one in state.json)")
+
+
+def hashes_of(state: dict) -> dict[str, str]:
+    """sha256 by file name, from the content of state.json; older checkpoints have none."""
+    hashes = state.get("sha256", {})
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def part_files(state: dict, kind: str) -> list[str]:
+    """The files of a kind, in the order of the parts; state: the content of state.json."""
+    pattern = re.compile(rf"{kind}(_\d{{5}})?\.pt")
+    return sorted(filter(pattern.fullmatch, hashes_of(state))) or [f"{kind}.pt"]
+
+
+def hash_of_model(hashes: dict[str, str]) -> str | None:
+    """One sha256 for the weights: that of model.pt, or of the hashes of its parts."""
+    of_parts = [hashes[name] for name in part_files({"sha256": hashes}, "model") if name in hashes]
+    if len(of_parts) > 1:
+        return hashlib.sha256("".join(of_parts).encode()).hexdigest()
+    return of_parts[0] if of_parts else None
+
+
+def model_sha256(state: dict) -> str | None:
+    """That of the weights of a checkpoint; None for older ones. state: its state.json."""
+    return hash_of_model(hashes_of(state))
 
 
 def damaged(path: Path, reason: str) -> UserError:
@@ -374,8 +479,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_tensors(folder: Path, config: Shape) -> tuple[dict, dict]:
-    """Model and optimizer state on the CPU; UserError if they are of another model."""
+def read_parts(folder: Path, config: Shape) -> list[State]:
+    """All parts of model and optimizer on the CPU; UserError if they are of another model."""
     saved = asdict(replace(read_shape(folder), dropout=config.dropout))  # dropout may differ
     expected = asdict(config)
     differences = [
@@ -385,7 +490,14 @@ def read_tensors(folder: Path, config: Shape) -> tuple[dict, dict]:
     ]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {', '.join(differences)}")
-    return tuple(load_tensors(folder, name) for name in FILES)
+    weights, moments = (load_parts(folder, kind) for kind in KINDS)
+    return list(zip(weights, moments, strict=True))
+
+
+def load_parts(folder: Path, kind: str) -> list[dict]:
+    """The tensors of all files of a kind."""
+    state = read_json(Path(folder) / "state.json")
+    return [load_tensors(folder, name) for name in part_files(state, kind)]
 
 
 def read_shape(folder: Path) -> Shape:
@@ -399,29 +511,44 @@ def read_shape(folder: Path) -> Shape:
         ) from None
 
 
-def load_model(folder: Path) -> LanguageModel:
-    """The checkpoint's model, on the CPU. If there are several ranks, all of them call it."""
-    distributed.do_for_others(lambda: verify(folder, "model.pt"), distributed.does_for_node())
-    shape, weights = read_shape(folder), load_tensors(folder, "model.pt")
-    if not matches(shape, weights):
+def read_weights(folder: Path) -> dict[str, list[Tensor]]:
+    """Each parameter's rows in each part; UserError where they are not those of the shape.
+
+    Nothing is read before it is used. If there are several ranks, all of them call it.
+    """
+    distributed.do_for_others(lambda: verify(folder, ["model"]), distributed.does_for_node())
+    of_parts = load_parts(folder, "model")
+    weights = {}
+    for part in of_parts:
+        for name, rows in part.items():
+            weights.setdefault(name, []).append(rows)
+    if not matches(read_shape(folder), weights):
+        names = "model.pt does" if len(of_parts) == 1 else "the parts of the model do"
         raise UserError(
-            f"{folder}: model.pt does not match the shape in state.json; restore them, or remove "
+            f"{folder}: {names} not match the shape in state.json; restore them, or remove "
             f"{folder} to go on from an earlier checkpoint"
         )
-    model = build(shape)
-    model.load_state_dict(weights)
+    return weights
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """The checkpoint's whole model, on the CPU. If there are several ranks, all of them call it."""
+    weights = read_weights(folder)
+    model = build_empty(read_shape(folder)).to_empty(device="cpu")
+    parts.fill(model, weights.items())
     return model
 
 
-def matches(shape: Shape, weights: dict) -> bool:
+def matches(shape: Shape, weights: dict[str, list[Tensor]]) -> bool:
     """Whether the weights are those of a model of this shape, which may be nonsense."""
     try:
-        with torch.device("meta"):  # takes no memory, whatever the shape
-            expected = build(shape).state_dict()
-        sizes = {name: weight.shape for name, weight in weights.items()}
+        expected = build_empty(shape).state_dict()
+        sizes = {}
+        for name, of_parts in weights.items():
+            sizes[name] = (sum(map(len, of_parts)), *of_parts[0].shape[1:])
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError):
         return False
-    return sizes == {name: weight.shape for name, weight in expected.items()}
+    return sizes == {name: tuple(weight.shape) for name, weight in expected.items()}
 
 
 def load_tensors(folder: Path, name: str) -> dict:

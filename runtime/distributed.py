@@ -20,11 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from cli import UserError
 
-Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 # torchrun's variables, and their values for a single process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
@@ -163,20 +161,30 @@ def data_parallel(
     parallel: str,
     dtype: str = "float32",
 ) -> nn.Module:
-    """The model with its gradients averaged over the ranks after backward.
+    """The model on the device, with its gradients averaged over the ranks after backward.
+
+    A model on "meta" gets its memory here, of each rank's share alone; its weights are undefined.
 
     "ddp": every rank holds all of the model. The other three change the model in place. "fsdp":
     each rank holds 1/W of every parameter, gradient and moment, and fetches a block's parameters
     when it is their turn. "zero2": parameters that were fetched stay until backward has used them.
     "hsdp": as fsdp, but W is the ranks of a node, and the nodes have copies of each other.
     """
+    if parallel != "ddp" and dist.is_initialized():
+        return place(sharded(model, blocks, device, parallel, dtype), device)
+    place(model, device)
     if not dist.is_initialized():
         return model
-    if parallel != "ddp":
-        return sharded(model, blocks, device, parallel, dtype)
     device_ids = [device.index] if device.type == "cuda" else None
     # No static_graph: passes without gradients and passes without an average are other graphs.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model moved to the device; one on "meta" gets memory there, with undefined numbers."""
+    if next(model.parameters()).is_meta:
+        return model.to_empty(device=device)
+    return model.to(device)
 
 
 def sharded(
@@ -195,17 +203,22 @@ def sharded(
     model_policy = MixedPrecisionPolicy(None, low, cast_forward_inputs=False)
     settings = {"reshard_after_forward": parallel != "zero2"}
     if parallel == "hsdp":
-        nodes = dist.get_world_size() // ranks_per_node()
+        n = n_shards(parallel, dist.get_world_size())
         settings["mesh"] = dist.init_device_mesh(
-            device.type, (nodes, ranks_per_node()), mesh_dim_names=("node", "rank")
+            device.type, (dist.get_world_size() // n, n), mesh_dim_names=("node", "rank")
         )
     for block in blocks:
         fully_shard(block, mp_policy=block_policy, **settings)
     return fully_shard(model, mp_policy=model_policy, **settings)
 
 
-def ranks_per_node() -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"])
+def n_shards(parallel: str, world_size: int) -> int:
+    """The number of ranks that share one copy of the model."""
+    if parallel == "ddp":
+        return 1
+    if parallel == "hsdp":  # those of a node
+        return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size
 
 
 def no_sync(model: nn.Module, skip: bool):
@@ -237,41 +250,6 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def get_state(model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
-    """A copy of the whole model and optimizer state by parameter name, on the CPU of rank 0.
-
-    All ranks call it; it is empty on ranks other than 0.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_state_dict(model, optimizer, options=options)
-    if next(model.parameters()).device.type == "cpu":
-        # Offloading does not copy what is on the CPU, and the next step must not change the copy.
-        state = tree_map_only(Tensor, lambda value: value.detach().clone(), state)
-    return state
-
-
-def set_state(model: nn.Module, optimizer: Optimizers, state: tuple[dict, dict]) -> None:
-    """Load what get_state gave on rank 0, whatever the number of ranks was."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    if next(model.parameters()).device.type == "cpu":
-        # The optimizer would keep these very tensors, which may be mapped from a file.
-        state = state[0], tree_map_only(Tensor, torch.clone, state[1])
-    gradients = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()  # torch creates no moments where there are gradients
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state[0],
-        optim_state_dict=state[1],
-        options=StateDictOptions(full_state_dict=True),
-    )
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-
-
 def gather(values: Tensor) -> Tensor:
     """(n,) of each rank -> (W * n,) of all ranks in the order of their ranks, on every rank."""
     if not dist.is_initialized():
@@ -290,6 +268,26 @@ def gather_objects(value: Any) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+class Team:
+    """Ranks 0 to n - 1, by a process group of their CPUs: a thread of each may call gather.
+
+    All ranks make it together.
+    """
+
+    def __init__(self, n: int, timeout_s: float = 600):
+        self.rank, self.n, self.group = ranks().rank, n, None
+        if n > 1:
+            timeout = timedelta(seconds=timeout_s)
+            self.group = dist.new_group(list(range(n)), timeout, backend="gloo")
+
+    def gather(self, value: Any) -> list:
+        """A picklable value of each member, on every one of them; waits for all."""
+        gathered = [value] * self.n
+        if self.group is not None:
+            dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 def does_for_node() -> bool:

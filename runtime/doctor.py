@@ -25,7 +25,7 @@ import data
 from cli import UserError
 from corpus import tokenizer
 from corpus.manifest import data_hash, read_manifest
-from families import SIZES, build
+from families import SIZES, build_empty
 from recipe import TrainConfig
 from runtime import distributed
 from runtime.distributed import print0
@@ -152,8 +152,7 @@ def out_dir(config: TrainConfig) -> Iterator[Line]:
     folder = Path(config.out_dir or "runs").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     shape = replace(SIZES.get(config.model, SIZES["124m"]), block_size=config.block_size)
-    with torch.device("meta"):
-        n_parameters = build(shape).n_parameters()
+    n_parameters = build_empty(shape).n_parameters()
     checkpoint_bytes = 12 * n_parameters  # float32: weights and two moments
     needed = checkpoint_bytes * (config.keep_checkpoints + 1)
     free = shutil.disk_usage(existing).free

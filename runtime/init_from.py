@@ -1,4 +1,4 @@
-"""The model that a run starts with: random weights, or those of --init_from.
+"""The weights that a run starts with: random ones, or those of --init_from.
 
 --init_from is a Hugging Face GPT-2 or Llama (hub name or folder) or another run of train.py. Only
 the weights are taken: the optimizer, the data order and the step start anew. Layers, heads, width
@@ -6,16 +6,28 @@ and vocabulary are the source's. So the released GPT-2 stays at 50257 rows: zero
 50304 would enter the softmax. A source that is padded keeps the rows that it was trained with.
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 import hf
 from cli import UserError
 from corpus import tokenizer
-from families import FAMILIES, SIZES, Shape, build, describe, from_pretrained, shape_from
-from model import LanguageModel
+from families import (
+    FAMILIES,
+    SIZES,
+    Shape,
+    build_empty,
+    describe,
+    from_pretrained,
+    shape_from,
+)
 from recipe import TrainConfig, model_shape
 from runtime import checkpoint
+from runtime.parts import Weights
 
 
 def starting_shape(config: TrainConfig, manifest: dict, resumed: Path | None) -> Shape:
@@ -67,23 +79,35 @@ def read_shape(source: str, data_tokenizer: dict, data_dir: str) -> Shape:
     return shape
 
 
-def initial_model(config: TrainConfig, shape: Shape, resumed: Path | None) -> LanguageModel:
-    """A model of this shape on the CPU, with the weights that a new run starts with.
+def starting_weights(config: TrainConfig, shape: Shape) -> Weights:
+    """The weights that a new run starts with, one tensor at a time."""
+    if not config.init_from:
+        yield from random_weights(shape)
+        return
+    for name, of_parts in source_weights(config.init_from).items():
+        if name == "wpe.weight":  # GPT-2's positions
+            of_parts = [torch.cat(of_parts)[: shape.block_size]]
+        yield name, of_parts
 
-    A resumed run overwrites them with its checkpoint's.
-    """
-    model = build(shape)
-    if config.init_from and not resumed:
-        folder = checkpoint_at(config.init_from)
-        if folder:
-            source = checkpoint.load_model(folder)
-        else:
-            source = from_pretrained(config.init_from)
-        weights = source.state_dict()
-        if "wpe.weight" in weights:  # GPT-2's positions
-            weights["wpe.weight"] = weights["wpe.weight"][: shape.block_size]
-        model.load_state_dict(weights)
-    return model
+
+def source_weights(source: str) -> dict[str, list[Tensor]]:
+    """Each parameter of the model at `source`, whole or in the parts of a checkpoint."""
+    if folder := checkpoint_at(source):
+        return checkpoint.read_weights(folder)
+    weights = from_pretrained(source).state_dict()
+    return {name: [weight] for name, weight in weights.items()}
+
+
+def random_weights(shape: Shape) -> Weights:
+    """Those of families.build, the same numbers, without the room for all of them at once."""
+    model = build_empty(shape)
+    for layer in model.modules():  # torch's layers draw random numbers when they are made
+        if hasattr(layer, "reset_parameters"):
+            copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
+    for name, parameter in model.named_parameters():
+        weight = torch.empty_like(parameter, device="cpu")
+        model.init_weight(name, weight)
+        yield name, [weight]
 
 
 def checkpoint_at(source: str) -> Path | None:

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from data import RunData
-from families import Shape, build
+from families import Shape, build_empty
 from recipe import TrainConfig
 from runtime import distributed
 
@@ -44,10 +44,7 @@ def predict(
     n = B * T
     fsdp, bf16 = parallel != "ddp" and W > 1, dtype == "bfloat16"
     e = 2 if bf16 else 4
-    shards = 1
-    if fsdp:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", W))
-        shards = per_node if parallel == "hsdp" else W
+    shards = distributed.n_shards(parallel, W)
     block_matrices, block_vectors, mlp_in, mlp_out, root = parameters(gpt)
     table = gpt.vocab_size * C  # of the token embedding
     N = L * (block_matrices + block_vectors) + root
@@ -99,8 +96,7 @@ def predict(
 @cache
 def parameters(gpt: Shape) -> tuple[int, int, int, int, int]:
     """Of a block's matrices, of its vectors, of its MLP's first and second matrix, and outside."""
-    with torch.device("meta"):
-        model = build(replace(gpt, n_layer=1))
+    model = build_empty(replace(gpt, n_layer=1))
     block = model.h[0]
     n_block = sum(p.numel() for p in block.parameters())
     matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
@@ -241,8 +237,7 @@ def device_bytes(device: str) -> float:
 
 def describe(config: TrainConfig, gpt: Shape, data: RunData, W: int) -> str:
     """What a settled config is going to do on W ranks, in a few lines."""
-    with torch.device("meta"):
-        n_parameters = build(gpt).n_parameters()
+    n_parameters = build_empty(gpt).n_parameters()
     A = config.global_batch_size // (W * config.micro_batch_size)
     tokens = config.global_batch_size * config.block_size
     return "\n".join(
@@ -268,8 +263,7 @@ def flops_per_token(gpt: Shape) -> int:
 
     That is GPT-2's positions, and a Llama's embedding where the head is another matrix.
     """
-    with torch.device("meta"):
-        model = build(gpt)
+    model = build_empty(gpt)
     N = model.n_parameters()
     if gpt.family == "gpt2":
         N -= model.wpe.weight.numel()

@@ -155,8 +155,7 @@ def check_run(source: str, block_size: int, tokenizer_sha256: str) -> About:
             f"--reweight_ref {source} has a context of {context} tokens, shorter than "
             f"--block_size {block_size}; give another run or a shorter --block_size"
         )
-    sha256 = state.get("sha256", {}).get("model.pt", "")
-    return About(sha256, state.get("identity", {}).get("data"))
+    return About(checkpoint.model_sha256(state) or "", state.get("identity", {}).get("data"))
 
 
 def find_folder(source: str) -> Path:

@@ -104,7 +104,8 @@ class Run:
         self.device, self.lock = device, lock
         self.out_dir = Path(self.config.out_dir)
         self.step, self.finished = self.found.step, False
-        self.metrics = self.writer = None  # of rank 0 alone
+        self.metrics = None  # of rank 0 alone
+        self.writer = None  # of the ranks with a part of the state
         self.logged_step, self.logged_time = self.found.step, time.perf_counter()
 
     def __enter__(self) -> "Run":
@@ -128,16 +129,19 @@ class Run:
     def open_files(self, telemetry: Telemetry) -> None:
         """Begin to write to the run folder, once nothing can refuse the run any more."""
         config = self.config
-        if distributed.ranks().rank == 0:
-            world_size = distributed.ranks().world_size
+        rank, _, world_size = distributed.ranks()
+        team = distributed.Team(distributed.n_shards(config.parallel, world_size), config.timeout_s)
+        if rank < team.n:
+            self.writer = checkpoint.Writer(
+                self.out_dir, config.keep_checkpoints, config.keep_every, self.lock.file, team
+            )
+            self.stop.parts = [self.writer]
+        if rank == 0:
             self.copy_tokenizer()
             saved = {**asdict(config), "world_size": world_size, "identity": self.identity}
             self.metrics = Metrics(self.out_dir, saved, self.found.step, config.max_steps)
-            self.writer = checkpoint.Writer(
-                self.out_dir, config.keep_checkpoints, config.keep_every, self.lock.file
-            )
             self.lock.is_in_use = self.writer.is_writing
-            self.stop.parts = [self.writer, self.metrics, telemetry]
+            self.stop.parts += [self.metrics, telemetry]
         self.logged_time = time.perf_counter()
 
     def copy_tokenizer(self) -> None:
@@ -153,6 +157,7 @@ class Run:
             return
         if self.writer:
             self.writer.wait()
+        if self.metrics:
             self.metrics.close()
         self.watchdog.close()
         distributed.cleanup()
@@ -234,14 +239,11 @@ class Run:
         """
         if self.stop.agreed == FAILED:
             return
-        if self.writer:
-            self.writer.wait()
-        tensors, numbers = state_dict()  # collective, so before rank 0 decides
-        if not self.writer:
+        is_rank_0 = distributed.ranks().rank == 0
+        may_save = distributed.do_for_others(lambda: self.begin_to_save(step), is_rank_0)
+        if not may_save or not self.writer:
             return
-        self.fail(self.data.train.changed() or self.data.val.changed())
-        if self.stop.reason:
-            return
+        tensors, numbers = state_dict()
         state = {
             "gpt": asdict(self.shape),
             "max_steps": self.config.max_steps,
@@ -254,6 +256,11 @@ class Run:
             "versions": versions(),
         }
         self.writer.save(step, tensors, state)
+
+    def begin_to_save(self, step: int) -> bool:
+        """Whether the checkpoint of `step` can be written; rank 0 decides."""
+        self.fail(self.data.train.changed() or self.data.val.changed())
+        return not self.stop.reason and self.writer.begin(step)
 
 
 def check_same_on_all_ranks(own: dict, out_dir: Path) -> None:

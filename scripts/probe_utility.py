@@ -38,7 +38,7 @@ from files import write_text
 from model import LanguageModel
 from recipe import with_added_keys
 from reweight import STRATEGIES, sample_weights
-from runtime import checkpoint, reference
+from runtime import checkpoint, parts, reference
 
 FOLDS = 8  # independent repetitions: other validation windows, other training batches
 BATCH = 16  # windows per forward pass
@@ -84,7 +84,7 @@ class Probe:
             raise UserError(f"--run {folder}: needs a run of --optimizer adamw")
         self.model = checkpoint.load_model(folder).to(device).eval()
         self.device = device
-        self.optimizer = checkpoint.load_tensors(folder, "optimizer.pt")
+        self.optimizer = parts.joined(checkpoint.load_parts(folder, "optimizer"))
         self.data = self.open(data_dir or state["data_dir"], state["tokenizer_sha256"])
         data_dir = data_dir or state["data_dir"]
         lengths = tokenizer.byte_lengths(state["tokenizer_sha256"], data_dir)

@@ -140,7 +140,9 @@ is_of_newest() {
   local state model
   state=$(newest_state "$1")
   [ -n "$state" ] || return
-  model=$(sed -n 's/^  "model.pt": "\(.*\)",*$/\1/p' "$state")
+  # The second is of older checkpoints.
+  model=$(sed -n -e 's/^ "model_sha256": "\(.*\)",$/\1/p' -e 's/^  "model.pt": "\(.*\)",*$/\1/p' "$state")
+  model=${model%%$'\n'*}
   grep -qs "^ \"model_sha256\": \"${model:-none}\"" "$1/eval/$2.json"
 }
 
@@ -160,14 +162,16 @@ failed_tasks() {
 # Of a finished run's checkpoints keep the newest, and of that one the model: an empty optimizer.pt with its
 # hash passes as whole, so train.py still says that the run is finished, but cannot train it further.
 drop_optimizer() {
-  local newest other empty=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  # sha256
+  local newest other file name empty=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  # sha256
   newest=$(dirname "$(newest_state "$1")")
-  if [ -s "$newest/optimizer.pt" ]; then
-    sed "s/^  \"optimizer.pt\": \".*\"/  \"optimizer.pt\": \"$empty\"/" "$newest/state.json" > "$newest/state.tmp"
+  for file in "$newest"/optimizer*.pt; do  # several where ranks share one copy of the model
+    [ -s "$file" ] || continue
+    name=$(basename "$file")
+    sed "s/^  \"$name\": \".*\"/  \"$name\": \"$empty\"/" "$newest/state.json" > "$newest/state.tmp"
     : > "$newest/empty.tmp"
-    mv "$newest/empty.tmp" "$newest/optimizer.pt"
+    mv "$newest/empty.tmp" "$file"
     mv "$newest/state.tmp" "$newest/state.json"
-  fi
+  done
   for other in "$1"/checkpoints/step_*[0-9]; do  # the newest passes as whole: the others are not needed
     [ "$other" = "$newest" ] || rm -r "$other"
   done

@@ -311,7 +311,8 @@ def fork(uniform: Path, step: int, to: Path, weights: dict) -> None:
     identity |= {key: value for key, value in weights.items() if key in identity}
     if "reweight_ref" in weights:
         newest = checkpoint.find_latest(weights["reweight_ref"])
-        identity["reference"] = checkpoint.read_json(newest / "state.json")["sha256"]["model.pt"]
+        of_reference = checkpoint.read_json(newest / "state.json")
+        identity["reference"] = checkpoint.model_sha256(of_reference)
     write_text(temporary / "state.json", json.dumps(state, indent=1))
     os.replace(temporary, folder)
 

@@ -19,9 +19,10 @@ import torch
 from conftest import command, expect_error, expect_ok, free_port
 from ranks import Ranks, torchrun
 from test_train import SMALL, model_of, poisoned, records
+from torch.utils._pytree import tree_leaves
 
 import step as step_module
-from runtime import checkpoint
+from runtime import checkpoint, parts
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 STEPS = 16
@@ -48,9 +49,8 @@ def files(out):
     return sorted(str(path.relative_to(out)) for path in out.rglob("*"))
 
 
-def tensors_of(run, name):
-    loaded = torch.load(checkpoint.find_latest(run) / name, weights_only=True)
-    return torch.utils._pytree.tree_leaves(loaded)
+def tensors_of(run, kind):
+    return tree_leaves(checkpoint.load_parts(checkpoint.find_latest(run), kind))
 
 
 def same(a, b) -> bool:
@@ -65,8 +65,8 @@ def losses_of(run, kind):
 def assert_same_end(a, b):
     """Two finished runs have the same files, parameters, optimizer and losses, bit for bit."""
     assert files(a) == files(b)
-    for name in checkpoint.FILES:
-        assert all(map(same, tensors_of(a, name), tensors_of(b, name)))
+    for kind in checkpoint.KINDS:
+        assert all(map(same, tensors_of(a, kind), tensors_of(b, kind)))
     for kind in ("train", "eval"):
         losses_a, losses_b = losses_of(a, kind), losses_of(b, kind)
         shared = set(losses_a) & set(losses_b)
@@ -291,7 +291,7 @@ def test_one_rank_of_a_node_reads_a_checkpoint_to_check_it(start, unbroken, tmp_
     for rank in (0, 2):
         for step in (STEPS, STEPS - 1):
             folder = checkpoint.checkpoint_folder(out, step)
-            expected += [f"{rank} {folder / name}" for name in checkpoint.FILES]
+            expected += [f"{rank} {folder / name}" for name in ("model.pt", "optimizer.pt")]
     assert sorted(hashed) == sorted(expected)
 
 
@@ -312,8 +312,6 @@ def test_checkpoints_that_are_kept(tmp_path):
 
 
 def test_the_next_step_does_not_change_what_is_being_written():
-    from runtime import distributed
-
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
 
@@ -322,9 +320,8 @@ def test_the_next_step_does_not_change_what_is_being_written():
         optimizer.step()
 
     step()
-    state = distributed.get_state(model, optimizer)
-    leaves = torch.utils._pytree.tree_leaves(state)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    state = parts.copy_to_host(parts.own_state(model, optimizer))
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
     step()
     assert len(tensors) == 2 * 4
@@ -336,12 +333,13 @@ def test_a_failed_write_is_reported_and_nothing_is_written_after_it(tmp_path, mo
     writer = checkpoint.Writer(tmp_path, 2, 0)
     tensors = ({"a": torch.ones(3)}, {})
     (tmp_path / "checkpoints").mkdir()
+    assert writer.begin(1)
     writer.save(1, tensors, {})
     writer.wait()
     monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
-    for step in (2, 3):
-        writer.save(step, tensors, {})
-        writer.wait()
+    assert writer.begin(2)
+    writer.save(2, tensors, {})
+    assert not writer.begin(3)
     assert "step 2 cannot be written" in writer.failure and "ZeroDivisionError" in writer.failure
     assert checkpoint.steps(tmp_path) == [1]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
@@ -350,7 +348,8 @@ def test_a_failed_write_is_reported_and_nothing_is_written_after_it(tmp_path, mo
 # Ranks
 
 
-def test_a_run_of_four_ranks_continues_with_one_two_or_three(start, tmp_path):
+@pytest.mark.parametrize("model, parallel", [("tiny", "fsdp"), ("llama_tiny", "hsdp")])
+def test_a_run_of_four_ranks_continues_with_one_two_or_three(start, tmp_path, model, parallel):
     """FSDP and DDP in turn; dropout noise belongs to the micro-batch, which is the same for all."""
     flags = (
         "--global_batch_size=12",
@@ -360,11 +359,17 @@ def test_a_run_of_four_ranks_continues_with_one_two_or_three(start, tmp_path):
         "--keep_checkpoints=9",
         "--eval_interval=100",
         "--eval_windows=1",
+        f"--model={model}",
+        f"--dropout={0.1 if model == 'tiny' else 0.0}",
     )
-    run = start(tmp_path / "four", *flags, "--parallel=fsdp", ranks=4, patch="one_layer()")
+    patch = "one_layer(); os.environ['LOCAL_WORLD_SIZE'] = '2'"  # two nodes
+    run = start(tmp_path / "four", *flags, f"--parallel={parallel}", ranks=4, patch=patch)
     assert run.wait(120) == [0] * 4, run.output()
     expected = list(losses_of(tmp_path / "four", "train").values())
     assert len(expected) == 6 and expected[-1] < expected[0] - 0.1
+    written = checkpoint.read_json(checkpoint.find_latest(tmp_path / "four") / "state.json")
+    n_parts = {"fsdp": 4, "hsdp": 2}[parallel]
+    assert len(checkpoint.part_files(written, "optimizer")) == n_parts
     for ranks, parallel in ((1, "ddp"), (2, "fsdp"), (3, "ddp")):
         out = tmp_path / str(ranks)
         shutil.copytree(tmp_path / "four", out)

@@ -55,6 +55,7 @@ def test_old_checkpoints_that_cannot_be_deleted(tmp_path, monkeypatch, capfd, wh
         patch.setattr(os, "replace", replace_new_ones)
         writer = checkpoint.Writer(tmp_path, keep=1, every=0)
         for step in (1, 2, 3):
+            assert writer.begin(step)
             writer.save(step, TENSORS, {})
             writer.wait()
             assert not writer.failure

@@ -94,7 +94,7 @@ def muon_run(sample_data, tmp_path_factory):
 
 def test_a_checkpoint_has_the_state_of_both_by_name(muon_run):
     folder = checkpoint.find_latest(muon_run)
-    weights, optimizer = checkpoint.read_tensors(folder, checkpoint.read_shape(folder))
+    ((weights, optimizer),) = checkpoint.read_parts(folder, checkpoint.read_shape(folder))
     assert optimizer["state"].keys() == weights.keys()
     for name, state in optimizer["state"].items():
         of_muon = name.endswith(MATRICES)

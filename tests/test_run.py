@@ -164,13 +164,14 @@ def test_the_folder_stays_locked_while_a_run_that_failed_still_writes(
     tmp_path, no_wait, monkeypatch
 ):
     go_on = threading.Event()
-    monkeypatch.setattr(checkpoint, "save", lambda *args: go_on.wait(10))
+    monkeypatch.setattr(checkpoint, "write_part", lambda *args: go_on.wait(10) and {})
     writers = []
 
     def fail():
         with FolderLock(tmp_path) as lock:
             writer = checkpoint.Writer(tmp_path, 2, 0, lock.file)
             lock.is_in_use = writer.is_writing
+            assert writer.begin(1)
             writer.save(1, ({}, {}), {})
             writers.append(writer.thread)
             raise ZeroDivisionError

@@ -252,7 +252,8 @@ def test_a_trainer_continues_from_the_state_of_another():
     trainer, resumed = new_trainer(**settings), new_trainer(**settings)
     for step in range(3):
         trainer.step(step, batch_of(step))
-    resumed.load_state(*trainer.state_dict())
+    tensors, numbers = trainer.state_dict()
+    resumed.load_state([tensors], numbers)
     assert torch.equal(resumed.guard.norms, trainer.guard.norms)
     for expected, got in zip(
         trainer.step(3, batch_of(3)), resumed.step(3, batch_of(3)), strict=True
@@ -331,7 +332,7 @@ def test_the_model_is_compiled_as_asked(monkeypatch, compile, n_layer):
 def test_nothing_is_compiled_again_after_the_first_steps(monkeypatch):
     """Over uniform and weighted steps with accumulation, and evaluations between them."""
     monkeypatch.setattr(
-        "step.compile_model", lambda model, how: model.compile(backend="eager", dynamic=False)
+        "step.compile_model", lambda model, *_: model.compile(backend="eager", dynamic=False)
     )
     torch._dynamo.reset()
     trainer = new_trainer(compile="on", reweight_warmup_steps=3, max_steps=30)

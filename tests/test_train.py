@@ -26,7 +26,7 @@ from llama import LlamaConfig
 from model import GPT, GPTConfig
 from recipe import TrainConfig, lr_at, r_at, settle
 from reweight import STRATEGIES
-from runtime import checkpoint, distributed, telemetry
+from runtime import checkpoint, distributed, parts, telemetry
 from runtime.metrics import for_wandb
 from step import Trainer, make_optimizer
 
@@ -66,7 +66,7 @@ def without_times(rows):
 
 
 def model_of(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
+    return parts.joined(checkpoint.load_parts(folder, "model"))
 
 
 def assert_same_model(a, b, step):
@@ -120,16 +120,13 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(unbroken, sample_data, tmp_p
 
 
 @pytest.mark.parametrize(
-    "model, parallel", [("tiny", "fsdp"), ("llama_tiny", "fsdp"), ("tiny", "hsdp")]
+    "model, ranks, parallel", [("tiny", 2, "fsdp"), ("llama_tiny", 2, "zero2"), ("tiny", 4, "hsdp")]
 )
-def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch, model, parallel):
-    """Two ranks with FSDP, weights against the domains' running means: stopped at 4 of 8 steps.
-
-    With hsdp, each rank is a node.
-    """
-    patch = "one_layer()"
-    if parallel == "hsdp":
-        patch += '; os.environ["LOCAL_WORLD_SIZE"] = "1"'
+def test_resume_of_fsdp_and_running_means(
+    sample_data, tmp_path, monkeypatch, model, ranks, parallel
+):
+    """Against the domains' running means, on nodes of two ranks: stopped at 4 of 8 steps."""
+    patch = 'one_layer(); os.environ["LOCAL_WORLD_SIZE"] = "2"'
     flags = (
         "--max_steps=8",
         "--checkpoint_interval=4",
@@ -142,19 +139,19 @@ def test_resume_of_fsdp_and_running_means(sample_data, tmp_path, monkeypatch, mo
         f"--model={model}",
     )
     a, b = tmp_path / "a", tmp_path / "b"
-    expect_ok(run(sample_data, a, *flags, ranks=2, patch=patch))
+    expect_ok(run(sample_data, a, *flags, ranks=ranks, patch=patch))
     shutil.copytree(a, b)
     shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
-    expect_ok(run(sample_data, b, *flags, ranks=2, patch=patch))
+    expect_ok(run(sample_data, b, *flags, ranks=ranks, patch=patch))
     assert without_times(records(a, "train")) == without_times(records(b, "train"))
     assert_same_model(a, b, 8)
     assert (a / "samples.bin").read_bytes() == (b / "samples.bin").read_bytes()
 
-    # A checkpoint is a whole one: a single process continues with the losses of two ranks. Dropout
-    # noise belongs to the micro-batch of 4.
+    # A single process continues with the losses of several ranks. Dropout noise belongs to the
+    # micro-batch.
     shutil.rmtree(checkpoint.checkpoint_folder(b, 8))
     monkeypatch.setitem(SIZES, model, replace(SIZES[model], n_layer=1))
-    expect_ok(run(sample_data, b, *flags, "--micro_batch_size=4"))
+    expect_ok(run(sample_data, b, *flags, f"--micro_batch_size={8 // ranks}"))
     losses_a, losses_b = ([row["loss"] for row in records(out, "train")] for out in (a, b))
     np.testing.assert_allclose(losses_a, losses_b, atol=1e-5)
 
@@ -431,7 +428,8 @@ def test_gradients_survive_the_memory_of_cuda_graphs(monkeypatch, optimizer):
         raw = model_that_forgets(monkeypatch)
         trainer = Trainer(raw, replace(config, compile=compiled), 1, torch.device("cpu"))
         if state:
-            trainer.load_state(*state)
+            tensors, numbers = state
+            trainer.load_state([tensors], numbers)
         for step in steps:
             x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
             trainer.step(step, Batch(x[:, :-1], x[:, 1:], None, None))
@@ -726,7 +724,7 @@ def test_damaged_checkpoints(unbroken, sample_data, tmp_path):
 def test_checkpoint_of_another_model(unbroken):
     words = "another model: .*vocab_size 320 there, 50257 here"
     with pytest.raises(checkpoint.UserError, match=words):
-        checkpoint.read_tensors(checkpoint.find_latest(unbroken), SIZES["tiny"])
+        checkpoint.read_parts(checkpoint.find_latest(unbroken), SIZES["tiny"])
 
 
 def test_checkpoints_run_no_code(unbroken, tmp_path):
@@ -836,11 +834,11 @@ def test_the_tensors_of_a_checkpoint_are_shared_until_they_are_loaded(unbroken):
 
     def mapped() -> list[bool]:
         maps = Path("/proc/self/maps").read_text()
-        return [str(folder / name) in maps for name in checkpoint.FILES]
+        return [str(folder / name) in maps for name in ("model.pt", "optimizer.pt")]
 
-    tensors = checkpoint.read_tensors(folder, shape)
+    (tensors,) = checkpoint.read_parts(folder, shape)
     assert mapped() == [True, True]
-    trainer.load_state(tensors, checkpoint.read_json(folder / "state.json"))
+    trainer.load_state([tensors], checkpoint.read_json(folder / "state.json"))
     loaded, _ = trainer.state_dict()
     for ours, theirs in zip(tree_leaves(loaded), tree_leaves(tensors), strict=True):
         same = torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
