@@ -82,6 +82,22 @@ def test_weights_drawn_one_by_one_are_those_of_the_model(name):
     assert all(torch.equal(got[key], expected[key]) for key in got)
 
 
+@pytest.mark.parametrize("parallel, n", [("fsdp", 4), ("hsdp", 2)])
+def test_no_rank_needs_more_than_its_share_and_a_block(tmp_path, parallel, n):
+    """Four ranks. The share of training: weights, two moments, gradients. Saving copies three."""
+    out = tmp_path / "run"
+    expect_ok(command("tests/peak_worker.py", out, parallel, ranks=4))
+    for rank in range(4):
+        peaks = json.loads((tmp_path / f"run.{rank}.json").read_text())
+        share, block = peaks["share"], peaks["block"]
+        assert share == pytest.approx(peaks["model"] / n, rel=0.01)
+        assert peaks["equal"]
+        assert share <= peaks["start"] <= share + block
+        assert 3 * share <= peaks["save"] <= 3 * share + block
+        mapped = 3 * peaks["model"]  # files, whose pages the profiler counts as memory
+        assert 3 * share <= peaks["resume"] - mapped <= 4 * share + block
+
+
 # Checkpoints
 
 
