@@ -12,6 +12,7 @@ Commands:
     fewshot    few-shot scoring against the harness's own Hugging Face backend
     loader     opening many shards, reading batches from them, and the memory that takes
     prepare    preparing a corpus against tiktoken alone
+    prepare_peers    the same against nanoGPT's script and datatrove
 
 What is compared takes turns in one run, so that all variants meet the same machine.
 """
@@ -26,7 +27,17 @@ if __package__ in (None, ""):  # run as a script: the modules of the root are on
 from cli import UserError, nearest, run
 
 # Each is a file of scripts/benchmarks/.
-COMMANDS = ("train", "options", "peers", "memory", "eval", "fewshot", "loader", "prepare")
+COMMANDS = (
+    "train",
+    "options",
+    "peers",
+    "memory",
+    "eval",
+    "fewshot",
+    "loader",
+    "prepare",
+    "prepare_peers",
+)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ process. --repeat: prepare the input this many times over, in copies.
 import json
 import multiprocessing
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -182,25 +183,40 @@ def run_command(folder: str, n: int) -> tuple[Rate, float]:
     """The rate of the whole command, and the peak memory of its largest process in MB."""
     flags = ["--source", "files", "--input", folder, "--workers", str(n)]
     with tempfile.TemporaryDirectory() as out:
-        wall, processor = time.perf_counter(), processor_seconds()
-        process = subprocess.Popen(
-            [sys.executable, "prepare_slimpajama.py", *flags, "--out", out],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        peak_kb = 0
-        while process.poll() is None:
-            peak_kb = max(peak_kb, largest_kb(process.pid))
-            time.sleep(0.05)
-        wall = time.perf_counter() - wall
-        processor = processor_seconds() - processor
-        if process.returncode:
-            raise UserError(f"the preparation of {folder} failed; run it alone to see why")
-        tokens = 0
-        for splits in read_manifest(out)["domains"].values():
-            for shards in splits.values():
-                tokens += sum(shard["tokens"] for shard in shards)
+        command = ["prepare_slimpajama.py", *flags, "--out", out]
+        return timed(command, lambda: tokens_in(Path(out)))
+
+
+def tokens_in(out: Path) -> int:
+    """Tokens in the shards of a data folder."""
+    tokens = 0
+    for splits in read_manifest(out)["domains"].values():
+        for shards in splits.values():
+            tokens += sum(shard["tokens"] for shard in shards)
+    return tokens
+
+
+def timed(command: list[str], count_tokens: Callable[[], int]) -> tuple[Rate, float]:
+    """The rate of a Python script, start and end included, and the peak of its largest process.
+
+    The peak is in MB. count_tokens: how many it has made, asked once it has ended.
+    """
+    wall, processor = time.perf_counter(), processor_seconds()
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    peak_kb = 0
+    while process.poll() is None:
+        peak_kb = max(peak_kb, largest_kb(process.pid))
+        time.sleep(0.05)
+    wall = time.perf_counter() - wall
+    processor = processor_seconds() - processor
+    if process.returncode:
+        raise UserError(f"failed; run it alone to see why: python {shlex.join(command)}")
+    tokens = count_tokens()
     return Rate(tokens / wall, tokens / processor), peak_kb / 1024
 
 
