@@ -15,11 +15,11 @@ import pickle
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,24 +108,31 @@ class Writer:
             self.thread = None
 
     def _write(self, step: int, tensors: State, state: dict) -> None:
-        # Whatever the error is: to go on without checkpoints would be worse.
+        is_rank_0 = self.share.i == 0
         try:
-            check_space(self.out_dir, tensors, self.share.n)
-            written = write_part(self.out_dir, step, tensors, self.share), ""
-        except Exception as error:
-            written = {}, reason_of(error)
-        try:
-            of_all = self.team.gather(written)
-            errors = [error for _, error in of_all if error]
-            if self.share.i == 0 and not errors:
-                hashes = {name: digest for own, _ in of_all for name, digest in own.items()}
+            # Apart, since what others have written already would no longer be free.
+            self.together(lambda: check_space(self.out_dir, tensors, self.share.n))
+            of_all = self.together(lambda: write_part(self.out_dir, step, tensors, self.share))
+            if is_rank_0:
+                hashes = {name: digest for own in of_all for name, digest in own.items()}
                 complete(self.out_dir, step, hashes, state, self.keep, self.every)
-        except Exception as error:
-            errors = [reason_of(error)]
-        if errors:
-            if self.share.i == 0:
+        except Exception as error:  # whatever it is: to go on without checkpoints would be worse
+            if is_rank_0:
                 shutil.rmtree(temporary_folder(self.out_dir, step), ignore_errors=True)
-            self.failure = self.why_not_written(step, errors[0])
+            self.failure = self.why_not_written(step, reason_of(error))
+
+    def together(self, work: Callable[[], Any]) -> list:
+        """What `work` gives on each rank with a part; an error of one of them is raised on all."""
+        result, reason = None, ""
+        try:
+            result = work()
+        except Exception as error:
+            reason = reason_of(error)
+        of_all = self.team.gather((result, reason))
+        for _, reason in of_all:
+            if reason:
+                raise OSError(errno.EIO, reason)
+        return [result for result, _ in of_all]
 
     def why_not_written(self, step: int, reason: str) -> str:
         free = shutil.disk_usage(self.out_dir).free / 1e9
@@ -450,17 +457,17 @@ def part_files(state: dict, kind: str) -> list[str]:
     return sorted(filter(pattern.fullmatch, hashes_of(state))) or [f"{kind}.pt"]
 
 
-def hash_of_model(hashes: dict[str, str]) -> str | None:
-    """One sha256 for the weights: that of model.pt, or of the hashes of its parts."""
-    of_parts = [hashes[name] for name in part_files({"sha256": hashes}, "model") if name in hashes]
-    if len(of_parts) > 1:
-        return hashlib.sha256("".join(of_parts).encode()).hexdigest()
-    return of_parts[0] if of_parts else None
+def hash_of_model(hashes: dict[str, str]) -> str:
+    """One sha256 for all weights: that of model.pt, or of the hashes of its parts."""
+    of_parts = [hashes[name] for name in part_files({"sha256": hashes}, "model")]
+    if len(of_parts) == 1:
+        return of_parts[0]
+    return hashlib.sha256("".join(of_parts).encode()).hexdigest()
 
 
 def model_sha256(state: dict) -> str | None:
-    """That of the weights of a checkpoint; None for older ones. state: its state.json."""
-    return hash_of_model(hashes_of(state))
+    """The hash of a checkpoint's weights; None where it is too old. state: its state.json."""
+    return state.get("model_sha256") or hashes_of(state).get("model.pt")
 
 
 def damaged(path: Path, reason: str) -> UserError:

@@ -164,7 +164,7 @@ def test_the_folder_stays_locked_while_a_run_that_failed_still_writes(
     tmp_path, no_wait, monkeypatch
 ):
     go_on = threading.Event()
-    monkeypatch.setattr(checkpoint, "write_part", lambda *args: go_on.wait(10) and {})
+    monkeypatch.setattr(checkpoint, "write_part", lambda *args: go_on.wait(10) and {"model.pt": ""})
     writers = []
 
     def fail():
