@@ -221,15 +221,13 @@ def timed(command: list[str], count_tokens: Callable[[], int]) -> tuple[Rate, fl
 
 
 def largest_kb(pid: int) -> int:
-    """The most memory in kB that a process or one of its children has had so far; Linux only."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    pids = [str(pid)]
-    if children.exists():
-        pids += children.read_text().split()
-    largest = 0
-    for each in pids:
+    """The most memory in kB that a process or one of its descendants has had so far; Linux only."""
+    largest, pids = 0, [pid]
+    while pids:
+        each = Path(f"/proc/{pids.pop()}")
         try:
-            status = Path(f"/proc/{each}/status").read_text()
+            pids += (each / f"task/{each.name}/children").read_text().split()
+            status = (each / "status").read_text()
             largest = max(largest, int(status.split("VmHWM:")[1].split()[0]))
         except (OSError, IndexError):  # it has just ended
             continue
