@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -230,24 +231,24 @@ def test_a_difference_stops_the_preparation_and_names_the_document(tmp_path, mon
     expect_ok(prepare(tmp_path / "out", *flags, source="files"))
 
 
-@pytest.mark.parametrize("case", ["not installed", "refused"])
-def test_without_fastokens_the_reference_gives_the_same_shards(case, kinds, tmp_path, monkeypatch):
-    flags = ("--tokenizer", kinds["128k"])
-    expect_ok(prepare(tmp_path / "fast", *flags, "--dry_run"))
-    text = expect_ok(prepare(tmp_path / "fast", *flags))
+def test_without_fastokens_the_reference_gives_the_same_shards(kinds, tmp_path, monkeypatch):
+    def refuse(spec, dtype):
+        raise ValueError("unsupported model")
+
+    def prepared(name: str) -> tuple[str, bytes]:
+        text = expect_ok(prepare(tmp_path / name, "--tokenizer", kinds["128k"]))
+        return text, (tmp_path / name / "manifest.json").read_bytes()
+
+    text, expected = prepared("fast")
     assert "by fastokens" in text and "one document in 1,000 compared with tokenizers" in text
-    if case == "refused":
-
-        def refuse(spec, dtype):
-            raise ValueError("unsupported model")
-
-        monkeypatch.setattr(fast, "open_fastokens", refuse)
-    else:
-        monkeypatch.setitem(__import__("sys").modules, "fastokens", None)
-    text = expect_ok(prepare(tmp_path / "slow", *flags))
-    assert "by tokenizers (fastokens " in text
-    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("fast", "slow")]
-    assert manifests[0] == manifests[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "open_fastokens", refuse)
+        refused = prepared("refused")
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    not_installed = prepared("not installed")
+    for text, manifest in (refused, not_installed):
+        assert "by tokenizers (fastokens " in text
+        assert manifest == expected
 
 
 @pytest.mark.parametrize(
