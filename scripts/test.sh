@@ -9,4 +9,5 @@ echo "== lint"
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }
 ruff check .
 echo "== tests"
-python -m pytest -q -n auto "$@" tests
+# By file: what the tests of a file share is made once. In their order, which has the long ones first.
+python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@" tests
