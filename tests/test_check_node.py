@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, expect_error, expect_ok
+from conftest import ROOT, command, expect_error, expect_ok, free_port
+from ranks import Ranks
 
 from scripts import check_node
 from scripts.check_node import FAIL, NOT_HERE, PASS, Computed, NotHere, Stage
@@ -39,27 +42,63 @@ else:
 """
 
 
+# In each stage: no compiler runs, which would take half a minute.
+TRACED = """
+os.environ.update(CHECK="cpu", CUDA_VISIBLE_DEVICES="")
+import step
+def traced(model, how, device):
+    print("compile", how)
+    model.compile(backend="aot_eager", dynamic=False)
+step.compile_model = traced
+"""
+
+
+def forked(command: list[str], settings: check_node.Settings, name: str, limit_s: float) -> int:
+    """check_node.run_process by tests/ranks.py, whose processes have imported torch already."""
+    n = 2 if "torch.distributed.run" in command else 1
+    log = settings.out / f"{name}.log"
+    return Ranks(n, command[-3:], free_port(), log, patch=TRACED).wait_as_torchrun(limit_s)
+
+
 @pytest.fixture(scope="module")
 def all_stages(tmp_path_factory):
     """The folder of a whole run of the script, and what it printed."""
     out = tmp_path_factory.mktemp("node") / "out"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
+        patch.setattr(check_node, "run_process", forked)
+        assert start(patch, out) == 0, text.getvalue()
+    return out, text.getvalue()
+
+
+def verdicts(report: dict) -> list[str]:
+    return [line["verdict"] for stage in report["stages"].values() for line in stage["lines"]]
+
+
+@pytest.mark.parametrize("stages", ["network", pytest.param("", marks=pytest.mark.long)])
+def test_the_script_itself(stages, tmp_path):
+    """As a user starts it, with torchrun and, in the long form, a compiler."""
+    env = {"VIRTUAL_ENV": sys.prefix, "CHECK": "cpu", "OUT": str(tmp_path), "STAGES": stages}
     done = subprocess.run(
         ["bash", "scripts/check_node.sh"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "VIRTUAL_ENV": sys.prefix, "CHECK": "cpu", "OUT": str(out)}
-        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ | env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
-    return out, expect_ok(done)
+    assert (tmp_path / "report.md").read_text() in expect_ok(done)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["stages"]) == list(check_node.pick(check_node.stages(True), stages))
+    assert set(verdicts(report)) == {PASS}
+    if not stages:
+        compiled, _ = (line["numbers"] for line in report["stages"]["compile"]["lines"])
+        assert compiled["gradient"] != compiled["plain_gradient"]
 
 
 def test_every_stage_passes_at_tiny_shapes(all_stages):
     out, text = all_stages
     report = json.loads((out / "report.json").read_text())
     assert list(report["stages"]) == list(check_node.stages(on_cpu=True))
-    lines = [line for result in report["stages"].values() for line in result["lines"]]
-    assert [line["verdict"] for line in lines] == [PASS] * len(lines)
+    assert set(verdicts(report)) == {PASS}
     table = (out / "report.md").read_text()
     assert table in text
     assert f"torch {torch.__version__}" in table.splitlines()[0]
@@ -78,9 +117,9 @@ def test_what_the_stages_measure(all_stages):
     ddp, fsdp = stages["layouts"]["lines"]
     assert "ddp on 2" in ddp["check"] and "fsdp on 2" in fsdp["check"]
     compiled, chunked = (line["numbers"] for line in stages["compile"]["lines"])
-    # bfloat16 was really used, the code compiled, and the chunks cut.
+    # bfloat16 was really used, the model handed to a compiler, and the chunks cut.
     assert compiled["plain_gradient"] > check_node.FLOAT32
-    assert compiled["gradient"] != compiled["plain_gradient"]
+    assert (out / "compile.log").read_text().count("compile on") == 1
     assert chunked["gradient"] != chunked["plain_gradient"]
     with gzip.open(out / "trace.json.gz") as file:
         named = {event.get("name") for event in json.load(file)["traceEvents"]}

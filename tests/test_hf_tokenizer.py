@@ -207,6 +207,19 @@ def prepare(out, *flags, source="sample"):
     )
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """A twentieth of the synthetic sample."""
+    path = tmp_path_factory.mktemp("few") / "train.jsonl"
+    some = [record for _, record in sample.documents(0)][::20]
+    path.write_text("".join(json.dumps(record) + "\n" for record in some))
+    return path
+
+
+def prepare_few(out, few, *flags):
+    return prepare(out, "--input", few, "--split", "train=train", *flags, source="files")
+
+
 def records_file(path: Path, n: int) -> Path:
     meta = {"redpajama_set_name": "RedPajamaC4"}
     lines = [json.dumps({"text": f"text {i} is here", "meta": meta}) + "\n" for i in range(n)]
@@ -216,7 +229,6 @@ def records_file(path: Path, n: int) -> Path:
 
 def test_a_difference_stops_the_preparation_and_names_the_document(tmp_path, monkeypatch):
     path = records_file(tmp_path / "train.jsonl", 30)
-    flags = ("--input", path, "--split", "train=train")
     right = fast.open_fastokens
 
     def wrong(spec, dtype):
@@ -225,18 +237,18 @@ def test_a_difference_stops_the_preparation_and_names_the_document(tmp_path, mon
 
     monkeypatch.setattr(fast, "open_fastokens", wrong)
     monkeypatch.setattr(fast, "CHECK_EVERY", 9)  # documents 9, 18 and 27
-    done = prepare(tmp_path / "out", *flags, source="files")
+    done = prepare_few(tmp_path / "out", path)
     expect_error(done, f"{path}, line 18", "fastokens", "the tokens differ from number 1 on")
     monkeypatch.setattr(fast, "open_fastokens", right)
-    expect_ok(prepare(tmp_path / "out", *flags, source="files"))
+    expect_ok(prepare_few(tmp_path / "out", path))
 
 
-def test_without_fastokens_the_reference_gives_the_same_shards(kinds, tmp_path, monkeypatch):
+def test_without_fastokens_the_reference_gives_the_same_shards(kinds, few, tmp_path, monkeypatch):
     def refuse(spec, dtype):
         raise ValueError("unsupported model")
 
     def prepared(name: str) -> tuple[str, bytes]:
-        text = expect_ok(prepare(tmp_path / name, "--tokenizer", kinds["128k"]))
+        text = expect_ok(prepare_few(tmp_path / name, few, "--tokenizer", kinds["128k"]))
         return text, (tmp_path / name / "manifest.json").read_bytes()
 
     text, expected = prepared("fast")
@@ -387,14 +399,16 @@ def test_workers_and_parts_share_the_tokenizer(trained, kinds, tmp_path):
         assert data_hash(read_manifest(tmp_path / folder)) == expected
 
 
-def test_a_second_start_and_another_tokenizer(kinds, tmp_path):
+def test_a_second_start_and_another_tokenizer(kinds, few, tmp_path):
     out = tmp_path / "out"
-    expect_ok(prepare(out, "--tokenizer", kinds["32k"]))
+    expect_ok(prepare_few(out, few, "--tokenizer", kinds["32k"]))
     elsewhere = shutil.copytree(kinds["32k"], tmp_path / "elsewhere")
-    assert "complete already" in expect_ok(prepare(out, "--tokenizer", elsewhere))
-    expect_error(prepare(out, "--tokenizer", kinds["128k"]), "holds other data", "tokenizer was")
+    assert "complete already" in expect_ok(prepare_few(out, few, "--tokenizer", elsewhere))
+    expect_error(
+        prepare_few(out, few, "--tokenizer", kinds["128k"]), "holds other data", "tokenizer was"
+    )
     own = out / "tokenizer"
-    expect_ok(prepare(out, "--tokenizer", own, "--overwrite"))
+    expect_ok(prepare_few(out, few, "--tokenizer", own, "--overwrite"))
     assert (own / "tokenizer.json").is_file()
 
 
