@@ -9,5 +9,6 @@ echo "== lint"
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }
 ruff check .
 echo "== tests"
-# By file: what the tests of a file share is made once. In their order, which has the long ones first.
+# The tests of a file run in one process, so that what they share is made once. The files run in alphabetical order,
+# whose last ones are short: no process works on alone at the end.
 python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@" tests

@@ -2,12 +2,11 @@
 
     python tests/gpu_compiler.py '[{"n_layer": 2, "n_head": 12, "n_embd": 768}, {"loss_chunk": 64}]'
 
-Each argument has a shape and attributes of the model; its kernels stay uncompiled where the
-attributes have "kernels": false. The model is traced on the CPU, without
-values; each graph is then moved to "cuda" and given to Inductor, which writes code for sm_90, and
-Triton compiles its kernels. Nothing is run. Prints JSON: for each argument a list of graphs, with
-kind, number of Triton kernels that are launched, other operators that are called, and the size of
-each kernel's binary.
+Each argument has a shape and attributes of the model, and may end with false: then its kernels are
+counted but not compiled. The model is traced on the CPU, without values; each graph is then moved
+to "cuda" and given to Inductor, which writes code for sm_90, and Triton compiles its kernels.
+Nothing is run. Prints JSON: for each argument a list of graphs, with kind, number of Triton kernels
+that are launched, other operators that are called, and the size of each kernel's binary.
 """
 
 import contextlib
@@ -256,9 +255,8 @@ def load_guard() -> None:
     ctypes.CDLL(str(library))
 
 
-def compiled(shape: dict, attributes: dict) -> list[dict]:
+def compiled(shape: dict, attributes: dict, with_kernels: bool = True) -> list[dict]:
     """The graphs of a step on 8 sequences: the sample losses and their gradients."""
-    with_kernels = attributes.pop("kernels", True)
     torch._dynamo.reset()
     compiler = Compiler()
     with as_on_an_h100():

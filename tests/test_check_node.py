@@ -42,22 +42,17 @@ else:
 """
 
 
-# In each stage: no compiler runs, which would take half a minute.
-TRACED = """
-os.environ.update(CHECK="cpu", CUDA_VISIBLE_DEVICES="")
-import step
-def traced(model, how, device):
-    print("compile", how)
-    model.compile(backend="aot_eager", dynamic=False)
-step.compile_model = traced
-"""
-
-
 def forked(command: list[str], settings: check_node.Settings, name: str, limit_s: float) -> int:
     """check_node.run_process by tests/ranks.py, whose processes have imported torch already."""
+    variables = {
+        "CHECK": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(settings.out / "compiled"),
+    }
     n = 2 if "torch.distributed.run" in command else 1
     log = settings.out / f"{name}.log"
-    return Ranks(n, command[-3:], free_port(), log, patch=TRACED).wait_as_torchrun(limit_s)
+    patch = f"os.environ.update({variables})"
+    return Ranks(n, command[-3:], free_port(), log, patch=patch).wait_as_torchrun(limit_s)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +69,9 @@ def verdicts(report: dict) -> list[str]:
     return [line["verdict"] for stage in report["stages"].values() for line in stage["lines"]]
 
 
-@pytest.mark.parametrize("stages", ["network", pytest.param("", marks=pytest.mark.long)])
-def test_the_script_itself(stages, tmp_path):
-    """As a user starts it, with torchrun and, in the long form, a compiler."""
-    env = {"VIRTUAL_ENV": sys.prefix, "CHECK": "cpu", "OUT": str(tmp_path), "STAGES": stages}
+def test_the_script_itself(tmp_path):
+    """As a user starts it, and with torchrun."""
+    env = {"VIRTUAL_ENV": sys.prefix, "CHECK": "cpu", "OUT": str(tmp_path), "STAGES": "network"}
     done = subprocess.run(
         ["bash", "scripts/check_node.sh"],
         cwd=ROOT,
@@ -87,11 +81,7 @@ def test_the_script_itself(stages, tmp_path):
     )
     assert (tmp_path / "report.md").read_text() in expect_ok(done)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["stages"]) == list(check_node.pick(check_node.stages(True), stages))
-    assert set(verdicts(report)) == {PASS}
-    if not stages:
-        compiled, _ = (line["numbers"] for line in report["stages"]["compile"]["lines"])
-        assert compiled["gradient"] != compiled["plain_gradient"]
+    assert list(report["stages"]) == ["network"] and verdicts(report) == [PASS]
 
 
 def test_every_stage_passes_at_tiny_shapes(all_stages):
@@ -117,9 +107,9 @@ def test_what_the_stages_measure(all_stages):
     ddp, fsdp = stages["layouts"]["lines"]
     assert "ddp on 2" in ddp["check"] and "fsdp on 2" in fsdp["check"]
     compiled, chunked = (line["numbers"] for line in stages["compile"]["lines"])
-    # bfloat16 was really used, the model handed to a compiler, and the chunks cut.
+    # bfloat16 was really used, the code compiled, and the chunks cut.
     assert compiled["plain_gradient"] > check_node.FLOAT32
-    assert (out / "compile.log").read_text().count("compile on") == 1
+    assert compiled["gradient"] != compiled["plain_gradient"]
     assert chunked["gradient"] != chunked["plain_gradient"]
     with gzip.open(out / "trace.json.gz") as file:
         named = {event.get("name") for event in json.load(file)["traceEvents"]}

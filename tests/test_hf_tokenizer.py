@@ -216,8 +216,8 @@ def few(tmp_path_factory) -> Path:
     return path
 
 
-def prepare_few(out, few, *flags):
-    return prepare(out, "--input", few, "--split", "train=train", *flags, source="files")
+def prepare_file(path, out, *flags):
+    return prepare(out, "--input", path, "--split", "train=train", *flags, source="files")
 
 
 def records_file(path: Path, n: int) -> Path:
@@ -237,10 +237,10 @@ def test_a_difference_stops_the_preparation_and_names_the_document(tmp_path, mon
 
     monkeypatch.setattr(fast, "open_fastokens", wrong)
     monkeypatch.setattr(fast, "CHECK_EVERY", 9)  # documents 9, 18 and 27
-    done = prepare_few(tmp_path / "out", path)
+    done = prepare_file(path, tmp_path / "out")
     expect_error(done, f"{path}, line 18", "fastokens", "the tokens differ from number 1 on")
     monkeypatch.setattr(fast, "open_fastokens", right)
-    expect_ok(prepare_few(tmp_path / "out", path))
+    expect_ok(prepare_file(path, tmp_path / "out"))
 
 
 def test_without_fastokens_the_reference_gives_the_same_shards(kinds, few, tmp_path, monkeypatch):
@@ -248,9 +248,10 @@ def test_without_fastokens_the_reference_gives_the_same_shards(kinds, few, tmp_p
         raise ValueError("unsupported model")
 
     def prepared(name: str) -> tuple[str, bytes]:
-        text = expect_ok(prepare_few(tmp_path / name, few, "--tokenizer", kinds["128k"]))
+        text = expect_ok(prepare_file(few, tmp_path / name, "--tokenizer", kinds["128k"]))
         return text, (tmp_path / name / "manifest.json").read_bytes()
 
+    expect_ok(prepare_file(few, tmp_path / "fast", "--tokenizer", kinds["128k"], "--dry_run"))
     text, expected = prepared("fast")
     assert "by fastokens" in text and "one document in 1,000 compared with tokenizers" in text
     with monkeypatch.context() as patch:
@@ -401,14 +402,14 @@ def test_workers_and_parts_share_the_tokenizer(trained, kinds, tmp_path):
 
 def test_a_second_start_and_another_tokenizer(kinds, few, tmp_path):
     out = tmp_path / "out"
-    expect_ok(prepare_few(out, few, "--tokenizer", kinds["32k"]))
+    expect_ok(prepare_file(few, out, "--tokenizer", kinds["32k"]))
     elsewhere = shutil.copytree(kinds["32k"], tmp_path / "elsewhere")
-    assert "complete already" in expect_ok(prepare_few(out, few, "--tokenizer", elsewhere))
+    assert "complete already" in expect_ok(prepare_file(few, out, "--tokenizer", elsewhere))
     expect_error(
-        prepare_few(out, few, "--tokenizer", kinds["128k"]), "holds other data", "tokenizer was"
+        prepare_file(few, out, "--tokenizer", kinds["128k"]), "holds other data", "tokenizer was"
     )
     own = out / "tokenizer"
-    expect_ok(prepare_few(out, few, "--tokenizer", own, "--overwrite"))
+    expect_ok(prepare_file(few, out, "--tokenizer", own, "--overwrite"))
     assert (own / "tokenizer.json").is_file()
 
 

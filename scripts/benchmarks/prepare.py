@@ -226,9 +226,9 @@ def largest_kb(pid: int) -> int:
     while pids:
         each = Path(f"/proc/{pids.pop()}")
         try:
-            pids += (each / f"task/{each.name}/children").read_text().split()
             status = (each / "status").read_text()
             largest = max(largest, int(status.split("VmHWM:")[1].split()[0]))
+            pids += (each / f"task/{each.name}/children").read_text().split()
         except (OSError, IndexError):  # it has just ended
             continue
     return largest

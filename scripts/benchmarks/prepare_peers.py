@@ -70,7 +70,8 @@ def print_table(folder: str, nanogpt: Path, n: int, rounds: int) -> None:
                 rate, peak = run_command(folder, n)
             else:
                 rate, peak = run_peer(name, folder, nanogpt, n)
-            rates[name].append(rate.wall)  # not all peers wait for their processes and their time
+            # Not by processor time: that of datatrove's workers cannot be read afterwards.
+            rates[name].append(rate.wall)
             peaks[name].append(peak)
     print(table_row(["", "M tokens/s", "ours / theirs", "peak MB"]))
     print("|---|--:|--:|--:|")
